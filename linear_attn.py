@@ -1,0 +1,649 @@
+"""Linear attention that takes the place of a softmax-attention module in a Hugging Face decoder.
+
+Three mixers, the ones the paper converts to (Distill-then-Replace, arXiv 2601.11667, section 3):
+
+    gla  GatedLinearAttention   S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T
+    gdn  GatedDeltaNet          S   = e^{g_t} S_{t-1};  S_t = S + beta_t k_t (v_t - S^T k_t)^T
+    jet  JetBlock               GatedDeltaNet whose convolution on v has a kernel made per token
+
+each followed by o_t = K^-1/2 S_t^T q_t, a gated RMSNorm per head and the output projection. None
+uses positions. A mixer is made from the attention module it replaces, and by default inherits its
+q, k, v and o projections, so that distillation starts near the teacher:
+
+    mixer = MIXERS["gdn"].from_attention(attn, model.config, layer_idx)
+    attn = swap(model, layer_idx, mixer)         # put it in; the module that was there comes back
+    swap(model, layer_idx, attn)                 # take it out again
+    save_hybrid(model, "hybrid", tokenizer)      # an ordinary checkpoint, with this file inside:
+    AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
+
+Letters: B batch, T time (tokens), H heads, D head_dim, W convolution width, C hidden_size.
+To copy: this file and kernels.py, side by side.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.cache_utils import (
+    CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
+from transformers.generation import GenerationMixin
+from transformers.pytorch_utils import Conv1D
+
+try:  # inside a saved checkpoint, kernels.py is a sibling in a package; here, a plain module
+    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention
+except ImportError:
+    from kernels import causal_conv, gated_delta_rule, gated_linear_attention
+
+CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
+NORM_EPS = 1e-5         # of the output norm
+LOW_RANK = 16           # GLA: width of the decay's bottleneck
+GATE_NORMALIZER = 16    # GLA: log decay = logsigmoid(x) / 16
+MIN_LOG_DECAY = -5.0    # GLA: the kernels are exact down to this log decay per step
+START_LOG_DECAY = (0.001, 0.1)  # inherited start: -log decay per step, spread over the heads
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the scripts print its one sentence and exit with code 2."""
+
+
+# ------------------------------------------------------------------------------------------------
+# The teacher's attention: where it sits, and its q, k, v, o projections
+
+ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
+
+
+def decoder_layers(model):
+    """The decoder's list of layers (nn.ModuleList). Raises UserError if the model has not one."""
+    name, decoder = type(model).__name__, model.get_decoder()
+    n = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if len(lists) != 1:
+        raise UserError(f"{name}: looked for one list of {n} layers in its decoder, "
+                        f"found {len(lists)}; this model cannot be converted.")
+    return lists[0]
+
+
+def attention_name(model, layer_idx):
+    """Under which name decoder layer `layer_idx` holds its attention. Raises UserError."""
+    if model.config.model_type in ("bloom", "mpt"):  # residual added inside; mask inverted
+        raise UserError(f"{type(model).__name__}: its attention takes more than hidden states and "
+                        "a mask in the usual form, so no linear module can stand in for it.")
+    children = [name for name, _ in decoder_layers(model)[layer_idx].named_children()
+                if name in ATTENTION_NAMES]
+    if len(children) != 1:
+        raise UserError(f"{type(model).__name__}: looked in layer {layer_idx} for one child named "
+                        f"{', '.join(ATTENTION_NAMES)}, found {len(children)}; this model cannot "
+                        "be converted.")
+    return children[0]
+
+
+def attention_modules(model):
+    """The token mixer of every decoder layer, softmax or linear, in order."""
+    return [getattr(layer, attention_name(model, i))
+            for i, layer in enumerate(decoder_layers(model))]
+
+
+def swap(model, layer_idx, module):
+    """Put `module` in the place of layer `layer_idx`'s attention, by reference, in O(1).
+    Returns the module that was there; swapping that back in restores the model."""
+    layer, name = decoder_layers(model)[layer_idx], attention_name(model, layer_idx)
+    previous = getattr(layer, name)
+    setattr(layer, name, module)
+    return previous
+
+
+class Projection(NamedTuple):
+    weight: torch.Tensor            # [out, in]
+    bias: torch.Tensor | None       # [out]
+
+
+def _projection(linear):
+    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    return Projection(weight, linear.bias)
+
+
+def _split(projection, pick):
+    """q, k and v out of a fused projection; `pick` maps rows [3C, ...] to three [C, ...]."""
+    biases = (None,) * 3 if projection.bias is None else pick(projection.bias)
+    return [Projection(w, b) for w, b in zip(pick(projection.weight), biases)]
+
+
+def teacher_projections(attn, config):
+    """(q, k, v, o) of a softmax-attention module, each a Projection, heads in order, before
+    norms and RoPE; key and value may have fewer heads. Raises UserError for an unknown layout."""
+    attn = getattr(attn, "attention", attn)     # GPT-Neo wraps its attention once more
+    out = next((getattr(attn, name) for name in ("o_proj", "out_proj", "dense", "c_proj")
+                if isinstance(getattr(attn, name, None), (nn.Linear, Conv1D))), None)
+    separate = [getattr(attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    dim, layout = head_dim_of(attn, config), None
+    if all(isinstance(linear, nn.Linear) for linear in separate):
+        layout = [_projection(linear) for linear in separate]
+    elif isinstance(getattr(attn, "c_attn", None), Conv1D):             # GPT-2: [q | k | v]
+        layout = _split(_projection(attn.c_attn), lambda rows: rows.chunk(3))
+    elif type(attn).__name__ == "GPTNeoXAttention":                     # per head: [q | k | v]
+        heads = config.num_attention_heads
+        layout = _split(_projection(attn.query_key_value), lambda rows: [
+            part.flatten(0, 1) for part in rows.unflatten(0, (heads, 3, -1)).unbind(1)])
+    if layout is not None and out is not None:
+        q, k, v, o = *layout, _projection(out)
+        if (q.weight.shape[0] == o.weight.shape[1] and k.weight.shape[0] == v.weight.shape[0]
+                and q.weight.shape[0] % k.weight.shape[0] == 0 == k.weight.shape[0] % dim):
+            return q, k, v, o
+    raise UserError(f"{type(attn).__name__}: the layout of its q, k, v projections is not known "
+                    "here, so they cannot be inherited; use --init random.")
+
+
+def head_dim_of(attn, config):
+    """The width of one head: the module's own word for it, else hidden_size / heads."""
+    known = (getattr(attn, name, None) for name in ("head_dim", "head_size"))
+    return next((d for d in known if d), config.hidden_size // config.num_attention_heads)
+
+
+def repeat_heads(rows, num_heads, head_dim):
+    """Rows of kv_heads heads, [kv_heads * D, ...] -> [H * D, ...], each head repeated in place as
+    transformers' repeat_kv does: query head h reads key/value head h // (H / kv_heads)."""
+    heads = rows.unflatten(0, (-1, head_dim))                               # [kv_heads, D, ...]
+    return heads.repeat_interleave(num_heads // len(heads), dim=0).flatten(0, 1)
+
+
+def _teacher_norm(attn, names, num_heads, head_dim):
+    """A copy of the teacher's norm of q or k, widened to all heads if it spans them; or None."""
+    norm = next((getattr(attn, n) for n in names if getattr(attn, n, None) is not None), None)
+    if norm is None:
+        return None
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.dim() != 1:
+        raise UserError(f"{type(norm).__name__}: this norm of q or k has a layout that is not "
+                        "known here, so it cannot be inherited; use --init random.")
+    norm = copy.deepcopy(norm)
+    if weight.numel() != head_dim:              # over the whole projection (OLMo 2)
+        for name, parameter in norm.named_parameters():
+            rows = repeat_heads(parameter.detach(), num_heads, head_dim)
+            setattr(norm, name, nn.Parameter(rows))
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------
+# Padding and the cache
+
+def padding_mask(attention_mask, length):
+    """Which of the last `length` tokens are real: bool [B, length], or None if all are.
+
+    attention_mask is what transformers hands to an attention module: None, [B, K], or
+    [B, 1, Q, K] (bool, or float with the lowest number where masked). In the last form a token
+    is real if and only if it may attend to itself. During one-token decoding all are real.
+    """
+    if attention_mask is None or length == 1:
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"a linear layer cannot read a mask of type "
+                         f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool()
+    queries, keys = attention_mask.shape[-2:]
+    own = attention_mask[:, 0].diagonal(offset=keys - queries, dim1=-2, dim2=-1)    # [B, Q]
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """One linear layer's memory inside a transformers Cache: the recurrent state
+    [B, H, D, D] (fp32), the convolution's tail [B, W-1, channels], and the tokens seen.
+
+    It has both base classes, so that masks are sized from a softmax layer where there is one and
+    from the tokens seen here where there is none. Tensors are replaced, never written in place.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self):
+        LinearAttentionCacheLayerMixin.__init__(self)
+        CacheLayerMixin.__init__(self)
+        self.reset()
+
+    def reset(self):
+        self.recurrent = self.conv = None
+        self.seen = 0
+
+    def store(self, recurrent, conv, new_tokens):
+        self.recurrent, self.conv, self.seen = recurrent, conv, self.seen + new_tokens
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        return self.seen + query_length, 0
+
+    def _each_tensor(self, function):
+        self.recurrent = None if self.recurrent is None else function(self.recurrent)
+        self.conv = None if self.conv is None else function(self.conv)
+
+    def reorder_cache(self, beam_idx):
+        self._each_tensor(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        self._each_tensor(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove):
+        raise RuntimeError("a linear layer's state cannot be rolled back: decoding that crops the "
+                           "cache (assisted, prompt lookup) does not work with a hybrid.")
+
+    def activate_past_recording(self):
+        self.crop(0)
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError("this cache already holds a linear layer's state here, but a softmax "
+                           "layer wants to use it: make a new cache after swapping layers.")
+
+    lazy_initialization = update_conv_state = update_recurrent_state = update
+
+    def offload(self):
+        """Nothing to do: the state is small and stays on its device."""
+
+    prefetch = offload
+
+
+def cache_layer(cache, layer_idx):
+    """The LinearCacheLayer at `layer_idx` of a transformers Cache, put there at first use."""
+    if cache is None:
+        return None
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, LinearCacheLayer):
+        return layer
+    if isinstance(layer, StaticLayer):
+        raise ValueError("a hybrid cannot use a static cache; leave cache_implementation unset.")
+    if layer.get_seq_length() > 0:
+        raise ValueError(f"layer {layer_idx} of this cache already holds keys and values of a "
+                         "softmax layer: make a new cache after swapping layers.")
+    cache.layers[layer_idx] = LinearCacheLayer()
+    return cache.layers[layer_idx]
+
+
+# ------------------------------------------------------------------------------------------------
+# The three mixers
+
+class GatedRMSNorm(nn.Module):
+    """o * rsqrt(mean(o^2) + eps) * weight * silu(gate), per head, in fp32."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, o, gate):                                     # both [B, T, H, D]
+        o = o.float() if o.dtype != torch.float64 else o
+        o = F.rms_norm(o, o.shape[-1:], self.weight.to(o.dtype), NORM_EPS)
+        return (o * F.silu(gate.to(o.dtype))).to(gate.dtype)
+
+
+def l2_normalize(x, eps=1e-6):
+    """x / |x| over the last dimension, in fp32 (fp64 for fp64), back in x's dtype."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def inverse_softplus(x):
+    return x + torch.log(-torch.expm1(-x))
+
+
+class LinearAttention(nn.Module):
+    """What the three mixers share: projections, output gate, norm, padding, cache, making.
+
+    forward(hidden_states [B, T, C], attention_mask=None, past_key_values=None) -> ([B, T, C],
+    None), the calling convention of attention modules in transformers (`layer_past` in some
+    families; whatever else they pass is not needed here). A subclass adds its parameters in
+    `add_parameters`, its neutral start in `start_neutral`, and its recurrence in `mix`.
+    """
+
+    def __init__(self, attn, config, layer_idx, init="inherit"):
+        """The structure, as `attn` asks for it: biases and norms of q and k where `init` is
+        "inherit", none of either where it is "random". Values come from `from_attention`, or
+        from a checkpoint."""
+        super().__init__()
+        if init not in ("inherit", "random"):
+            raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
+        self.layer_idx, self.init = layer_idx, init
+        config = config.get_text_config(decoder=True)
+        self.hidden_size, self.head_dim = config.hidden_size, head_dim_of(attn, config)
+        self.num_heads, biases, norms = config.num_attention_heads, [False] * 4, (None, None)
+        self.clip_qkv = None
+        if init == "inherit":
+            teacher = teacher_projections(attn, config)
+            biases = [projection.bias is not None for projection in teacher]
+            self.num_heads = len(teacher[0].weight) // self.head_dim
+            norms = [_teacher_norm(attn, names, self.num_heads, self.head_dim)
+                     for names in (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))]
+            self.clip_qkv = getattr(config, "clip_qkv", None)           # OLMo
+        width = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(self.hidden_size, width, bias=biases[0])
+        self.k_proj = nn.Linear(self.hidden_size, width, bias=biases[1])
+        self.v_proj = nn.Linear(self.hidden_size, width, bias=biases[2])
+        self.o_proj = nn.Linear(width, self.hidden_size, bias=biases[3])
+        self.q_norm, self.k_norm = norms
+        # A bias keeps the gate open at the start: silu(0) = 0 would mute the output.
+        self.g_proj = nn.Linear(self.hidden_size, width)
+        self.o_norm = GatedRMSNorm(self.head_dim)
+        self.add_parameters()
+
+    @classmethod
+    def from_attention(cls, attn, config, layer_idx, init="inherit", seed=0):
+        """A mixer for the place of `attn` (a softmax-attention module), on its device and in its
+        dtype. "inherit": the teacher's q, k, v, o (heads of k and v repeated, biases and norms
+        of q and k included), new parameters neutral. "random": nothing of the teacher but its
+        sizes. `seed` and the layer's number fix what is drawn. Raises UserError."""
+        like = next(attn.parameters())
+        with torch.device(like.device), torch.no_grad():
+            mixer = cls(attn, config, layer_idx, init)
+            draw = torch.Generator().manual_seed(1_000_003 * seed + layer_idx)
+            mixer.start_random(draw)
+            if init == "inherit":
+                mixer.inherit(teacher_projections(attn, config))
+                mixer.start_neutral()
+        return mixer.to(like.dtype)
+
+    def inherit(self, teacher):
+        """Take the teacher's q, k, v, o; repeat key and value heads as repeat_kv does."""
+        own = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        for linear, (weight, bias), is_out in zip(own, teacher, (False, False, False, True)):
+            rows = (lambda t: t) if is_out else (
+                lambda t: repeat_heads(t, self.num_heads, self.head_dim))
+            linear.weight.copy_(rows(weight))
+            if bias is not None:
+                linear.bias.copy_(rows(bias))
+
+    def start_random(self, draw):
+        """Every matrix from N(0, 1 / fan_in); also the part of the inherited start that must not
+        be zero. `draw` is a torch.Generator on the CPU."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                drawn = torch.randn(module.weight.shape, generator=draw, device="cpu")
+                module.weight.copy_(drawn * module.in_features ** -0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+    def start_neutral(self):
+        """New parameters of an inherited module: the gate is constant, silu(bias) = 1."""
+        self.g_proj.weight.zero_()
+        self.g_proj.bias.fill_(1.2784645)
+
+    def project(self, hidden_states):
+        """q, k, v as the teacher makes them before RoPE, key/value heads repeated: three
+        [B, T, H * D]."""
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.clip_qkv is not None:
+            q, k, v = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (q, k, v))
+        return self._normed(q, self.q_norm), self._normed(k, self.k_norm), v
+
+    def _normed(self, x, norm):
+        if norm is None:
+            return x
+        if norm.weight.numel() == self.head_dim:
+            return norm(self.heads(x)).flatten(-2)
+        return norm(x)
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
+
+    def head_outputs(self, hidden_states, attention_mask=None, cache=None):
+        """The input of o_proj, [B, T, H * D]: the module's output is linear in o_proj, so these
+        are the features of the closed-form start (distill.py)."""
+        mask = padding_mask(attention_mask, hidden_states.shape[1])
+        past = cache_layer(cache, self.layer_idx)
+        o, recurrent, conv = self.mix(hidden_states, mask if mask is None else mask.unsqueeze(-1),
+                                      past and past.recurrent, past and past.conv)
+        if past is not None:
+            past.store(recurrent, conv, hidden_states.shape[1])
+        return self.o_norm(o, self.heads(self.g_proj(hidden_states))).flatten(-2)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None,
+                **kwargs):
+        cache = layer_past if past_key_values is None else past_key_values
+        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache)), None
+
+
+class GatedLinearAttention(LinearAttention):
+    """GLA (Yang et al. 2023): a decay per key channel, from a low-rank projection."""
+
+    def add_parameters(self):
+        width = self.num_heads * self.head_dim
+        self.decay_down = nn.Linear(self.hidden_size, LOW_RANK, bias=False)
+        self.decay_up = nn.Linear(LOW_RANK, width)
+
+    def start_neutral(self):
+        super().start_neutral()
+        # One log decay per head, from long memory to short; logsigmoid(bias) / 16 is that decay.
+        # Only decay_up is zeroed: with both at zero neither would ever learn.
+        self.decay_up.weight.zero_()
+        log_sigmoid = -GATE_NORMALIZER * start_decays(self.num_heads)
+        bias = log_sigmoid - torch.log(-torch.expm1(log_sigmoid))
+        self.decay_up.bias.copy_(bias.repeat_interleave(self.head_dim))
+
+    def mix(self, hidden_states, mask, recurrent, conv):
+        q, k, v = self.project(hidden_states)
+        g = F.logsigmoid(self.decay_up(self.decay_down(hidden_states)).float()) / GATE_NORMALIZER
+        g = g.clamp(min=MIN_LOG_DECAY)
+        if mask is not None:                # a padded token writes nothing and forgets nothing
+            k, g = k * mask, g * mask
+        o, recurrent = gated_linear_attention(
+            self.heads(q), self.heads(k), self.heads(v), self.heads(g), recurrent)
+        return o, recurrent, None
+
+
+class GatedDeltaNet(LinearAttention):
+    """Gated DeltaNet (Yang et al. 2024): the delta rule with one decay per head; short causal
+    convolutions and SiLU on q, k and v; q and k of unit length."""
+
+    def add_parameters(self):
+        width = self.num_heads * self.head_dim
+        self.b_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)   # beta
+        self.a_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)   # decay
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
+        self.add_conv(width)
+
+    def add_conv(self, width):
+        self.conv_kernel = nn.Parameter(identity_kernel(3 * width))     # [W, q | k | v channels]
+
+    def start_random(self, draw):
+        """As the published layer: A from U(0, 16), time steps log-uniform in [0.001, 0.1]."""
+        super().start_random(draw)
+        uniform = torch.rand(2, self.num_heads, generator=draw, device="cpu")
+        self.A_log.copy_((16 * uniform[0]).clamp(min=1e-4).log())
+        low, high = math.log(1e-3), math.log(1e-1)
+        self.dt_bias.copy_(inverse_softplus((low + (high - low) * uniform[1]).exp()))
+        self.start_random_conv(draw)
+
+    def start_random_conv(self, draw):
+        drawn = torch.rand(self.conv_kernel.shape, generator=draw, device="cpu")
+        self.conv_kernel.copy_((2 * drawn - 1) * CONV_SIZE ** -0.5)
+
+    def start_neutral(self):
+        super().start_neutral()
+        self.b_proj.weight.zero_()                                      # beta = 1/2
+        self.a_proj.weight.zero_()
+        self.A_log.zero_()                                              # A = 1
+        self.dt_bias.copy_(inverse_softplus(start_decays(self.num_heads)))
+        self.start_neutral_conv()
+
+    def start_neutral_conv(self):
+        self.conv_kernel.copy_(identity_kernel(self.conv_kernel.shape[1]))
+
+    def convolve(self, hidden_states, mask, cache):
+        """SiLU(conv) of q, k and v, each [B, T, H * D], and the convolution's new tail."""
+        qkv = torch.cat(self.project(hidden_states), dim=-1)            # [B, T, 3 * H * D]
+        if mask is not None:
+            qkv = qkv * mask
+        qkv, cache = causal_conv(qkv, self.conv_kernel, cache, activation="silu")
+        return *qkv.chunk(3, dim=-1), cache
+
+    def mix(self, hidden_states, mask, recurrent, conv):
+        q, k, v, conv = self.convolve(hidden_states, mask, conv)
+        q, k = l2_normalize(self.heads(q)), l2_normalize(self.heads(k))
+        beta = self.b_proj(hidden_states).float().sigmoid()             # [B, T, H]
+        step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
+        g = -self.A_log.float().exp() * step                            # [B, T, H]
+        if mask is not None:
+            beta, g = beta * mask, g * mask
+        o, recurrent = gated_delta_rule(q, k, self.heads(v), g, beta, recurrent)
+        return o, recurrent, conv
+
+
+class JetBlock(GatedDeltaNet):
+    """JetBlock (Jet-Nemotron, Gu et al. 2025): Gated DeltaNet without convolutions on q and k;
+    the one on v has a kernel that a small generator makes for every token from the layer's
+    input. At the start the kernel is the identity on the current token."""
+
+    def add_conv(self, width):
+        self.kernel_down = nn.Linear(self.hidden_size, max(width // 8, 1), bias=False)
+        self.kernel_up = nn.Linear(max(width // 8, 1), CONV_SIZE * width)   # [tap, channel]
+
+    def start_random_conv(self, draw):
+        self.start_neutral_conv()
+
+    def start_neutral_conv(self):
+        # kernel_down keeps its random start: were both zero, the generator would never learn.
+        self.kernel_up.weight.zero_()
+        self.kernel_up.bias.copy_(identity_kernel(self.num_heads * self.head_dim).flatten())
+
+    def convolve(self, hidden_states, mask, cache):
+        q, k, v = self.project(hidden_states)
+        kernel = self.kernel_up(F.silu(self.kernel_down(hidden_states)))
+        kernel = kernel.unflatten(-1, (CONV_SIZE, -1))                  # [B, T, W, H * D]
+        if mask is not None:
+            v = v * mask
+        v, cache = causal_conv(v, kernel, cache, activation="silu")
+        return F.silu(q), F.silu(k), v, cache
+
+
+MIXERS = {"gla": GatedLinearAttention, "gdn": GatedDeltaNet, "jet": JetBlock}
+
+
+def start_decays(num_heads):
+    """-log decay per step of each head at the inherited start, evenly spaced in its logarithm."""
+    low, high = (math.log(x) for x in START_LOG_DECAY)
+    return torch.linspace(low, high, num_heads).exp()
+
+
+def identity_kernel(channels):
+    """A convolution kernel [W, channels] that returns the current token."""
+    kernel = torch.zeros(CONV_SIZE, channels)
+    kernel[-1] = 1
+    return kernel
+
+
+# ------------------------------------------------------------------------------------------------
+# A hybrid as an ordinary checkpoint
+#
+# For every architecture a subclass is made on demand: HybridLlamaForCausalLM and
+# HybridLlamaConfig from transformers' own classes, with a model_type of their own, so that loading
+# without trust_remote_code is an error rather than a plain Llama with random attention.
+
+MODEL_TYPE_PREFIX = "dtr_"
+
+
+class HybridMixin:
+    """Builds the base model, then swaps in the mixers that the config lists."""
+
+    _is_stateful = True         # generate() then refuses the modes that would roll the cache back
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        mixer = MIXERS[config.linear_attn]
+        for layer_idx in config.linear_layers:
+            attn = attention_modules(self)[layer_idx]
+            swap(self, layer_idx, mixer(attn, config, layer_idx, config.linear_init))
+        self.post_init()
+
+
+def __getattr__(name):
+    """HybridXxxConfig and HybridXxx for any class Xxx of transformers (PEP 562)."""
+    if not name.startswith("Hybrid") or not hasattr(transformers, name[len("Hybrid"):]):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = getattr(transformers, name[len("Hybrid"):])
+    if name.endswith("Config"):
+        fields = {"linear_attn": "gdn", "linear_layers": (), "linear_init": "inherit"}
+        made = type(name, (base,), {
+            "model_type": MODEL_TYPE_PREFIX + base.model_type, "_auto_class": "AutoConfig",
+            "__module__": __name__, **fields,
+            "__annotations__": {"linear_attn": str, "linear_layers": list, "linear_init": str}})
+    else:
+        made = type(name, (HybridMixin, base, GenerationMixin), {
+            "config_class": getattr(_this_module(), f"Hybrid{base.config_class.__name__}"),
+            "_auto_class": "AutoModelForCausalLM", "__module__": __name__})
+    globals()[name] = made
+    return made
+
+
+def _this_module():
+    return sys.modules[__name__]
+
+
+def is_hybrid_config(config):
+    return config.model_type.startswith(MODEL_TYPE_PREFIX)
+
+
+@contextlib.contextmanager
+def _as_hybrid(model, linear_attn, linear_layers, linear_init):
+    """Within the block, `model` is of its Hybrid class; the weights are not copied."""
+    model_class, config_class = type(model), type(model.config)
+    hybrid = getattr(_this_module(), "Hybrid" + model_class.__name__)
+    fields = {"linear_attn": linear_attn, "linear_layers": linear_layers,
+              "linear_init": linear_init}
+    model.config.__class__, model.__class__ = hybrid.config_class, hybrid
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    try:
+        yield model
+    finally:
+        model.config.__class__, model.__class__ = config_class, model_class
+        for name in [*fields, "auto_map"]:
+            model.config.__dict__.pop(name, None)
+
+
+def linear_layers(model):
+    """The numbers of the layers whose attention is a linear mixer."""
+    return [i for i, m in enumerate(attention_modules(model)) if isinstance(m, LinearAttention)]
+
+
+def check_savable(model):
+    """Raise UserError if `model`'s class is not one of transformers' own."""
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        raise UserError(f"{type(model).__name__} is not one of transformers' own classes, so a "
+                        "hybrid of it cannot be saved as an ordinary checkpoint.")
+
+
+def save_hybrid(model, directory, tokenizer=None):
+    """Save `model` with whatever mixers are swapped in, as an ordinary checkpoint (safetensors,
+    config, this file and kernels.py). Without any mixer, the base model is saved."""
+    layers = linear_layers(model)
+    if not layers:
+        model.save_pretrained(directory)
+    else:
+        check_savable(model)
+        mixers = [attention_modules(model)[i] for i in layers]
+        (kind,) = {name for name, cls in MIXERS.items() for m in mixers if type(m) is cls}
+        (init,) = {m.init for m in mixers}
+        with _as_hybrid(model, kind, layers, init):
+            model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def load_hybrid(directory, **kwargs):
+    """Load a saved hybrid with the classes of this file (no remote code runs). Other arguments
+    go to from_pretrained."""
+    with open(os.path.join(directory, "config.json")) as file:
+        architecture = json.load(file)["architectures"][0]
+    return getattr(_this_module(), architecture).from_pretrained(directory, **kwargs)
