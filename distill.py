@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eval import (
@@ -459,9 +459,31 @@ def open_run(args, settings):
     return out, record
 
 
-def load_blocks(run, model, layers=None):
-    """The modules that a finished run distilled, {layer: mixer}, in the model's dtype and on its
-    device. Raises UserError if the run is unfinished, of another model, or lacks a layer."""
+def load_blocks(runs, model, layers=None):
+    """The modules that one or more finished runs distilled, {layer: mixer}, in the model's dtype
+    and on its device. `runs`: directories, comma-separated, for layers distilled apart. Raises
+    UserError for a run that is unfinished or of another model or mixer, and for missing layers."""
+    records = {run: _usable_record(run, model) for run in runs.split(",")}
+    if len({(record["attn"], record["init"]) for record in records.values()}) > 1:
+        raise UserError(f"the runs {runs} hold different mixers or starts; a hybrid takes one.")
+    attention, mixers = attention_modules(model), {}
+    for layer in range(len(attention)) if layers is None else layers:
+        run = next((run for run, record in records.items() if layer in record["layers"]), None)
+        if run is None or not layer_file(run, layer).is_file():
+            raise UserError(f"{runs} has no module for layer {layer}: distill it with --layers "
+                            f"{layer}.")
+        record = records[run]
+        mixer = MIXERS[record["attn"]](attention[layer], model.config, layer, record["init"])
+        try:
+            mixer.load_state_dict(load_tensors(layer_file(run, layer))[0])
+        except (RuntimeError, SafetensorError):
+            raise UserError(f"{layer_file(run, layer)} does not hold a {record['attn']} module "
+                            f"for layer {layer} of this model.")
+        mixers[layer] = mixer.to(model.device, model.dtype).eval().requires_grad_(False)
+    return mixers
+
+
+def _usable_record(run, model):
     record = read_run(run)
     if record is None:
         raise UserError(f"{run} holds no distill.json, so it is not a run of distill.py.")
@@ -470,14 +492,7 @@ def load_blocks(run, model, layers=None):
     if record["teacher_fingerprint"] != fingerprint(model):
         raise UserError(f"the modules in {run} were distilled from another model "
                         f"({record['teacher']}).")
-    attention, mixers = attention_modules(model), {}
-    for layer in range(len(attention)) if layers is None else layers:
-        if layer not in record["layers"]:
-            raise UserError(f"{run} has no module for layer {layer}; it has {record['layers']}.")
-        mixer = MIXERS[record["attn"]](attention[layer], model.config, layer, record["init"])
-        mixer.load_state_dict(load_tensors(layer_file(run, layer))[0])
-        mixers[layer] = mixer.to(model.device, model.dtype).eval().requires_grad_(False)
-    return mixers
+    return record
 
 
 class Log:

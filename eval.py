@@ -30,6 +30,7 @@ from typing import Callable
 try:
     import torch
     import transformers
+    from safetensors import SafetensorError
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.import_utils import is_kernels_available
@@ -83,7 +84,7 @@ def run_script(main):
         main()
     except UserError as error:
         sys.exit(_say(f"{name}: {error}", 2))
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         sys.exit(_say(f"{name}: stopped: {error}; what was saved before is intact", 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"{name}: interrupted; what was saved before is intact", 130))

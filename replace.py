@@ -229,7 +229,8 @@ def report_step(step, count):
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--blocks", help="run directory of distill.py")
+    parser.add_argument("--blocks", help="run directory of distill.py; several, comma-separated, for "
+                        "layers that were distilled apart")
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)}, or a .jsonl file to search on")
     parser.add_argument("--test", help=".jsonl file to report on, if --task is a file")
     add_task_flags(parser)
@@ -272,7 +273,6 @@ def run_search(args, model, tokenizer):
     names = ("validation", "test") if task.splits[1] else ("validation",)
     splits = {name: prepare(path, task, model, tokenizer, args)
               for name, path in zip(names, task.splits)}
-    blocks = read_run(args.blocks)
     journal = Journal(out / "search.jsonl", {
         "model": fingerprint(model), "blocks": digest([fingerprint(mixers[l]) for l in mixers]),
         "items": {name: split.fingerprint() for name, split in splits.items()}, "metric": metric,
@@ -295,7 +295,7 @@ def run_search(args, model, tokenizer):
         "best": scorer.final(search.best), "opt": scorer.final(search.opt),
         "test_base": scorer.final(())["test"],
         "n": {name: split_n(scorer, name) for name in splits},
-        "model": args.model, "blocks": args.blocks, "attn": blocks["attn"]}
+        "model": args.model, "blocks": args.blocks, "attn": read_run(args.blocks.split(",")[0])["attn"]}
     for name in ("best", "opt"):
         save_checkpoint(model, mixers, result[name]["layers"], tokenizer, out / name)
     spent = [row["seconds"] for (split, _), row in journal.rows.items() if split == "validation"]
