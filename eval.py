@@ -222,10 +222,19 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{name} does not load as a causal language model with a tokenizer: "
                         f"{reason}")
-    if model.config.is_encoder_decoder or not model.can_generate():
+    model = model.to(device).eval().requires_grad_(False)
+    if model.config.is_encoder_decoder or not is_causal(model):
         raise UserError(f"{name} is not a causal language model.")
     attention_modules(model)                            # refuses what cannot be converted
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model, tokenizer
+
+
+@torch.no_grad()
+def is_causal(model):
+    """Whether the first prediction stays the same when the second token changes."""
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    first, other = model(ids, use_cache=False).logits[:, 0].float()             # [V] each
+    return not (first - other).abs().max() > 1e-4 * first.abs().max()           # NaN is not its task
 
 
 def _device(name):

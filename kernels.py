@@ -1,4 +1,4 @@
-"""Linear attention with a gated state: three mixers' recurrences, as a definition and as fast forms.
+"""Linear attention with a gated state: the recurrences of three mixers, defined and then made fast.
 
 For every op the definition stands first, a loop over time (`*_recurrent`, also used for decoding);
 below it the chunkwise form, which gives the same numbers with matrix products. The math of gated
@@ -7,7 +7,7 @@ per-token convolution arXiv:2508.15884; the gradients are written by hand.
 
 Glossary, the same letters everywhere:
     B batch, T time, H heads, K key dim, V value dim, C chunk length, N number of chunks, W taps
-    q, k [B,T,H,K], v and o [B,T,H,V]   what attention calls them; neither q nor k is normalised here
+    q, k [B,T,H,K], v and o [B,T,H,V]   as in attention; neither q nor k is normalised here
     g       log decay <= 0, applied before the update: [B,T,H] delta rule, [B,T,H,K] GLA
     beta    [B,T,H] delta rule: how much of the old value under k_t is replaced by v_t
     S       the state, [B,H,K,V], fp32 (fp64 for fp64 inputs): all that is remembered of the past
@@ -17,6 +17,8 @@ Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. Only
 that decay (row t >= row s) are exponentiated, so nothing overflows however strong the decay; a
 decay of -inf, which forgets everything, is allowed.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -57,23 +59,35 @@ def _start_state(q, v, state):
     return state.to(dtype)
 
 
-def _to_chunks(x, C, dtype):
-    """[B,T,H,...] -> [N,B*H,C,...] contiguous; zeros fill the last chunk. A zero token (k = 0,
-    beta = 0, g = 0) leaves the state as it is."""
-    B, T, H = x.shape[:3]
-    N = -(-T // C)
-    if N * C != T:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, N * C - T))
-    x = x.reshape(B, N, C, H, *x.shape[3:]).transpose(2, 3).transpose(0, 1)    # [N,B,H,C,...]
-    return x.to(dtype).contiguous().view(N, B * H, C, *x.shape[4:])
+def _to_chunks(x, tokens, C, dtype):
+    """The given tokens of x [B,T,H,D] -> [n,B*H,C,D] contiguous. Zeros fill the last chunk: a token
+    with k, beta and g of 0 leaves the state as it is."""
+    x = x[:, tokens]
+    B, T, H, D = x.shape
+    n = -(-T // C)
+    if n * C != T:
+        x = F.pad(x, (0, 0, 0, 0, 0, n * C - T))
+    x = x.reshape(B, n, C, H, D).permute(1, 0, 3, 2, 4)                     # [n,B,H,C,D]
+    return x.to(dtype).contiguous().view(n, B * H, C, D)
 
 
-def _from_chunks(x, shape, dtype):
-    """The inverse of _to_chunks: [N,B*H,C,...] -> shape [B,T,H,...]."""
-    B, T, H = shape[:3]
-    N, _, C = x.shape[:3]
-    x = x.view(N, B, H, C, *x.shape[3:]).transpose(0, 1).transpose(2, 3)    # [B,N,C,H,...]
-    return x.reshape(B, N * C, H, *x.shape[4:])[:, :T].to(dtype)
+def _from_chunks(x, out, tokens):
+    """The inverse of _to_chunks: writes x [n,B*H,C,D] to the given tokens of out [B,T,H,D]."""
+    out = out[:, tokens]
+    B, T, H, D = out.shape
+    n, _, C, _ = x.shape
+    x = x.view(n, B, H, C, D).permute(1, 0, 3, 2, 4)                        # [B,n,C,H,D]
+    if n * C == T:
+        out.unflatten(1, (n, C)).copy_(x)
+    else:
+        out.copy_(x.reshape(B, n * C, H, D)[:, :T])
+
+
+def _groups(T, C, size):
+    """Slices of the tokens, a few chunks each: as many as keep a tensor of `size` numbers per token
+    in a CPU's cache. Larger temporaries would cost more in memory traffic than in arithmetic."""
+    step = C * max(1, 2 ** 18 // (size * C))
+    return [slice(t, min(t + step, T)) for t in range(0, T, step)]
 
 
 def _chunk_length(T, longest):
@@ -81,19 +95,26 @@ def _chunk_length(T, longest):
     return min(longest, 1 << (T - 1).bit_length())
 
 
-def _from_right(x):
-    """Sum over the rows from this one to the last, dim -2."""
-    return x.flip(-2).cumsum(-2).flip(-2)
+def _full_precision(function):
+    """Mixed precision (torch.autocast) must not reach inside: it would round every product."""
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        device = next(x.device.type for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+    return wrapped
 
 
-def _before(x):
-    """Sum over the rows before this one, dim -2."""
-    return F.pad(x, (0, 0, 1, -1)).cumsum(-2)
+def _add_product(out, a, b):
+    """out += a @ b, all [N,B*H,...], in place."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return out
 
 
 # -----------------------------------------------------------------------------
 # The gated delta rule: forget, then correct what the state holds under the key
 
+@_full_precision
 def gated_delta_rule_recurrent(q, k, v, g, beta, initial_state=None):
     """The definition, token by token. Shapes and results as `gated_delta_rule`."""
     _check(q, k, v, g, beta, initial_state, q.shape[:3])
@@ -117,78 +138,96 @@ class _DeltaRule(torch.autograd.Function):
     for all C of them at once. Backwards, (1 + A)^-T takes the gradient of U to that of R."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, state):
-        ctx.like = tuple((x.shape, x.dtype) for x in (q, k, v, g, beta))
-        dtype, scale = state.dtype, q.shape[-1] ** -0.5
-        C = _chunk_length(q.shape[1], 16 if q.shape[-1] < 32 else 32)
-        q, k, v, beta = (_to_chunks(x, C, dtype) for x in (q, k, v, beta.unsqueeze(-1)))
+    def chunks(tokens, C, dtype, q, k, v, g, beta):
+        """Lays out a few chunks, and computes their decays and what does not need the state."""
+        scale = q.shape[-1] ** -0.5
+        q, k, v = (_to_chunks(x, tokens, C, dtype) for x in (q, k, v))      # [n,B*H,C,K or V]
+        beta = _to_chunks(beta.unsqueeze(-1), tokens, C, dtype)             # [n,B*H,C,1]
         # G in fp64: its differences stay exact to fp32 even behind a long stretch of strong decay
-        G = _to_chunks(g.unsqueeze(-1), C, torch.float64).clamp_(min=_floor(dtype)).cumsum(-2)
-        q = q * scale                                                       # [N,B*H,C,K]
-        # 1. decays
-        future = torch.ones(C, C, dtype=torch.bool, device=q.device).triu_(1)
-        D = (G - G.mT).to(dtype).masked_fill_(future, -torch.inf).exp_()    # [N,B*H,C,C]
-        from_start = G.to(dtype).exp()                                      # [N,B*H,C,1]
-        to_end = (G[..., -1:, :] - G).to(dtype).exp_()                      # [N,B*H,C,1]
-        # 2. what does not need the state
-        P = (q @ k.mT).mul_(D)                                              # [N,B*H,C,C]
-        kk = (k @ k.mT).mul_(D).tril_(-1)                                   # [N,B*H,C,C]
-        eye = torch.eye(C, dtype=dtype, device=q.device).expand_as(kk)
-        inverse = torch.linalg.solve_triangular(beta * kk, eye, upper=False, unitriangular=True)
-        inverse = inverse.contiguous()
+        G = _to_chunks(g.unsqueeze(-1), tokens, C, torch.float64)
+        G = G.clamp(min=_floor(dtype)).cumsum(-2)                       # [n,B*H,C,1]
+        future = torch.full((C, C), -torch.inf, dtype=dtype, device=q.device).triu_(1)
+        D = (G - G.mT).to(dtype).add_(future).exp_()                        # [n,B*H,C,C]
+        from_start = G.to(dtype).exp()                                      # [n,B*H,C,1]
+        to_end = (G[..., -1:, :] - G).to(dtype).exp_()                      # [n,B*H,C,1]
+        q = q * scale
+        P = (q @ k.mT).mul_(D)                                              # [n,B*H,C,C]
+        kk = (k @ k.mT).mul_(D).tril_(-1)                                   # [n,B*H,C,C]
         q_in, k_in, k_out = q * from_start, k * (beta * from_start), k * to_end
-        # 3. the state, chunk by chunk
-        S = q.new_empty(len(q) + 1, *k.shape[1:2], *q.shape[3:], v.shape[-1])   # [N+1,B*H,K,V]
+        return q, k, v, beta, from_start, to_end, D, P, kk, q_in, k_in, k_out
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, state):
+        (B, T, H, K), V = q.shape, v.shape[-1]
+        C = ctx.C = _chunk_length(T, 16 if max(K, V) < 32 else 32 if max(K, V) < 128 else 64)
+        S = state.new_empty(-(-T // C) + 1, B * H, K, V)                    # at the chunks' borders
         S[0] = state.flatten(0, 1)
-        R, U = v * beta, torch.empty_like(v)                                # [N,B*H,C,V]
-        for n in range(len(q)):
-            torch.bmm(inverse[n], R[n].baddbmm_(k_in[n], S[n], alpha=-1), out=U[n])
-            torch.mul(S[n], from_start[n, :, -1:], out=S[n + 1]).baddbmm_(k_out[n].mT, U[n])
-        # 4. outputs
-        o = (q_in @ S[:-1]).flatten(0, 1).baddbmm_(P.flatten(0, 1), U.flatten(0, 1)).view_as(v)
-        ctx.save_for_backward(q, k, v, beta, from_start, to_end, D, P, kk, inverse,
-                              q_in, k_in, k_out, S, U)
-        return _from_chunks(o, *ctx.like[2]), S[-1].view(state.shape).clone()
+        o, saved, N = torch.empty_like(v), [], 0
+        for tokens in _groups(T, C, B * H * max(K, V)):
+            (_, _, vc, b, from_start, _, _, P, kk, q_in, k_in, k_out) = _DeltaRule.chunks(
+                tokens, C, S.dtype, q, k, v, g, beta)
+            eye = torch.eye(C, dtype=S.dtype, device=S.device).expand_as(kk)
+            inverse = torch.linalg.solve_triangular(b * kk, eye, upper=False, unitriangular=True)
+            R, U, n = vc * b, torch.empty_like(vc), len(vc)                 # [n,B*H,C,V]
+            for i in range(n):
+                torch.bmm(inverse[i], R[i].baddbmm_(k_in[i], S[N + i], alpha=-1), out=U[i])
+                torch.mul(S[N + i], from_start[i, :, -1:], out=S[N + i + 1])
+                S[N + i + 1].baddbmm_(k_out[i].mT, U[i])
+            _from_chunks(_add_product(q_in @ S[N:N + n], P, U), o, tokens)
+            N += n
+            saved += [inverse, U]
+        ctx.save_for_backward(q, k, v, g, beta, S, *saved)
+        return o, S[-1].view(state.shape).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_full_precision
     def backward(ctx, do, dstate):
-        (q, k, v, beta, from_start, to_end, D, P, kk, inverse,
-         q_in, k_in, k_out, S, U) = ctx.saved_tensors
-        do, decay = _to_chunks(do, q.shape[2], q.dtype), from_start[..., -1:, :]
-        # 3. the state, backwards
-        dU, dR, dS = P.mT @ do, torch.empty_like(U), torch.empty_like(S)
-        dS[-1] = dstate.flatten(0, 1)
-        torch.matmul(q_in.mT, do, out=dS[:-1])
-        for n in reversed(range(len(q))):
-            torch.bmm(inverse[n].mT, dU[n].baddbmm_(k_out[n], dS[n + 1]), out=dR[n])
-            dS[n].addcmul_(decay[n], dS[n + 1]).baddbmm_(k_in[n].mT, dR[n], alpha=-1)
-        # 2. the products
-        dq_in, dk_in, dk_out = do @ S[:-1].mT, (dR @ S[:-1].mT).neg_(), U @ dS[1:].mT
-        dP, dA = do @ U.mT, (dR @ U.mT).neg_()                              # [N,B*H,C,C]
-        # 1. decays. A pair (t, s) of rows adds to dG_t what it takes from dG_s. Where t = s that is
-        # zero, and left out: in fp32 the two large halves would not cancel, and drown what is left
-        # under strong decay. For the same reason the way from row s to the end goes straight to
-        # the g after s. `cumsum` from the right takes the gradient of G to that of g.
-        dkk = dA * kk
-        pairs = (dP * P).tril_(-1).addcmul_(beta, dkk)
-        in_sum = from_start * (dk_in * k).sum(-1, keepdim=True)             # [N,B*H,C,1]
-        out_sum = (dk_out * k_out).sum(-1, keepdim=True)                    # [N,B*H,C,1]
-        dG = (dq_in * q_in).sum(-1, keepdim=True).addcmul_(beta, in_sum)
-        dG.add_(pairs.sum(-1, keepdim=True)).sub_(pairs.sum(-2).unsqueeze(-1))
-        kept = (dS[1:] * S[:-1]).sum((-1, -2), keepdim=True)                # [N,B*H,1,1]
-        dG[..., -1:, :].addcmul_(decay, kept)
-        dg = _from_right(dG).add_(_before(out_sum)).squeeze(-1)
-        dbeta = (dR * v).sum(-1) + dkk.sum(-1) + in_sum.squeeze(-1)
-        dP.mul_(D)
-        dA.mul_(D).tril_(-1).mul_(beta)
-        dq = (dP @ k).addcmul_(dq_in, from_start).mul_(q.shape[-1] ** -0.5)
-        dk = (dP.mT @ q).add_((dA + dA.mT) @ k).addcmul_(dk_out, to_end)
-        dk.addcmul_(dk_in, beta * from_start)
-        grads = zip((dq, dk, dR.mul_(beta), dg, dbeta), ctx.like)
-        return *(_from_chunks(x, *like) for x, like in grads), dS[0].view(dstate.shape)
+        q, k, v, g, beta, S, *saved = ctx.saved_tensors
+        (B, T, H, K), V, C = q.shape, v.shape[-1], ctx.C
+        N, dS1 = len(S) - 1, dstate.flatten(0, 1)
+        grads = tuple(torch.empty_like(x) for x in (q, k, v, g, beta))
+        later = torch.ones(C, C, dtype=S.dtype, device=S.device).tril_()    # [r,t] = 1 for r >= t
+        for tokens in reversed(_groups(T, C, B * H * max(K, V))):
+            U, inverse = saved.pop(), saved.pop()
+            qc, kc, vc, b, from_start, to_end, D, P, kk, q_in, k_in, k_out = _DeltaRule.chunks(
+                tokens, C, S.dtype, q, k, v, g, beta)
+            n, decay, doc = len(U), from_start[..., -1:, :], _to_chunks(do, tokens, C, S.dtype)
+            N -= n
+            # the state, backwards; dS of a chunk is the gradient of the state behind it
+            dU, dR, dS = P.mT @ doc, torch.empty_like(U), torch.empty_like(S[:n + 1])
+            dS[n] = dS1
+            torch.matmul(q_in.mT, doc, out=dS[:n])
+            for i in reversed(range(n)):
+                torch.bmm(inverse[i].mT, dU[i].baddbmm_(k_out[i], dS[i + 1]), out=dR[i])
+                dS[i].addcmul_(decay[i], dS[i + 1]).baddbmm_(k_in[i].mT, dR[i], alpha=-1)
+            dS1, S0 = dS[0], S[N:N + n]
+            dq_in, dk_in, dk_out = doc @ S0.mT, (dR @ S0.mT).neg_(), U @ dS[1:].mT
+            dP, dA = doc @ U.mT, (dR @ U.mT).neg_()                         # [n,B*H,C,C]
+            # Decays. A pair (t, s) of rows adds to dG_t what it takes from dG_s. Where t = s that
+            # is zero, and left out: in fp32 the two large halves would not cancel, and drown what
+            # is left under strong decay. For the same reason the way from row s to the chunk's
+            # end goes straight to the g after s.
+            dkk = dA * kk
+            pairs = (dP * P).tril_(-1).addcmul_(b, dkk)
+            in_sum = from_start * (dk_in * kc).sum(-1, keepdim=True)        # [n,B*H,C,1]
+            dG = (dq_in * q_in).sum(-1) + (b * in_sum).squeeze(-1) + pairs.sum(-1) - pairs.sum(-2)
+            kept = dS[1:].flatten(2).unsqueeze(-2) @ S0.flatten(2).unsqueeze(-1)    # <dS, S0>
+            dG[..., -1:].addcmul_(decay.squeeze(-1), kept.squeeze(-1))      # [n,B*H,C]
+            dg = dG @ later + (dk_out * k_out).sum(-1) @ (1 - later)
+            dbeta = (dR * vc).sum(-1) + dkk.sum(-1) + in_sum.squeeze(-1)
+            dP.mul_(D)
+            dA.mul_(D).tril_(-1).mul_(b)
+            dq = (dP @ kc).addcmul_(dq_in, from_start).mul_(K ** -0.5)
+            dk = _add_product(dP.mT @ qc, dA + dA.mT, kc).addcmul_(dk_out, to_end)
+            dk.addcmul_(dk_in, b * from_start)
+            for x, out in zip((dq, dk, dR.mul_(b)), grads):
+                _from_chunks(x, out, tokens)
+            for x, out in zip((dg, dbeta), grads[3:]):
+                _from_chunks(x.unsqueeze(-1), out.unsqueeze(-1), tokens)
+        return *grads, dS1.view(dstate.shape)
 
-
+@_full_precision
 def gated_delta_rule(q, k, v, g, beta, initial_state=None):
     """Gated delta rule, chunkwise: matrix products inside chunks, a short scan between them.
 
@@ -200,7 +239,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None):
     Equivalent to: gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
     """
     _check(q, k, v, g, beta, initial_state, q.shape[:3])
-    if q.shape[1] <= 2 and not torch.is_grad_enabled():                     # decoding
+    if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
     return _DeltaRule.apply(q, k, v, g, beta, _start_state(q, v, initial_state))
 
@@ -208,6 +247,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None):
 # -----------------------------------------------------------------------------
 # Gated linear attention: forget per key channel, then add
 
+@_full_precision
 def gated_linear_attention_recurrent(q, k, v, g, initial_state=None):
     """The definition, token by token. Shapes and results as `gated_linear_attention`."""
     _check(q, k, v, g, None, initial_state, q.shape)
@@ -225,107 +265,125 @@ class _GLA(torch.autograd.Function):
     """Chunkwise form. P_ts = sum_d q_td k_sd exp(G_td - G_sd) for s <= t, else 0:
         O = (exp(G) . Q) S0 + P V,    S1 = exp(G_C) . S0 + (exp(G_C - G) . K)^T V
     The decay in P differs by channel, so it has to be split into a factor for q and one for k.
-    Inside blocks of 16 rows the split is at the middle row and in fp64, whose range holds 8 rows
-    of the strongest decay that matters. Blocks are then joined two by two, up to C rows: a later
-    half's queries see an earlier half's keys through the border, and both factors are <= 1."""
+    Inside blocks of 16 rows the split is at a middle row and in fp64, whose range holds 8 rows of
+    the strongest decay that matters. Blocks are then joined two by two, up to C rows: the queries
+    of a later block see the keys of the earlier one through the border, both factors <= 1."""
 
     BLOCK, FLOOR = 16, -88.0    # exp(-88) is below fp32's normal range, exp(8 * 88) inside fp64's
 
     @staticmethod
-    def forward(ctx, q, k, v, g, state):
-        ctx.like = tuple((x.shape, x.dtype) for x in (q, k, v, g))
-        dtype, scale = state.dtype, q.shape[-1] ** -0.5
-        C = _chunk_length(q.shape[1], 16 if q.shape[-1] < 32 else 64)
-        q, k, v = (_to_chunks(x, C, dtype) for x in (q, k, v))              # [N,B*H,C,K or V]
-        q = q * scale
-        N, BH, _, K = q.shape
-        c = min(C, _GLA.BLOCK)
-        G = _to_chunks(g, C, torch.float64).clamp_(min=_GLA.FLOOR)
-        G = G.view(N * BH, C // c, c, K).cumsum(-2)                         # [N*B*H,C/c,c,K]
-        # 1. inside blocks
-        split = (G - G[..., (c - 1) // 2, None, :]).exp_()                  # [N*B*H,C/c,c,K]
-        qs, ks = q.view_as(G) * split, k.view_as(G) / split
-        blocks = (qs @ ks.mT).tril_(-1).to(dtype)                           # [N*B*H,C/c,c,c]
-        P = torch.diag_embed((q * k).sum(-1)).flatten(0, 1)                 # [N*B*H,C,C]
-        _blocks(P, c).add_(blocks)
-        # 2. between blocks; from_start and to_end are log decays from a block's start and to its end
-        from_start, to_end, halves = G.to(dtype), (G[..., -1:, :] - G).to(dtype), []
+    def chunks(tokens, C, dtype, q, k, v, g):
+        """Lays out a few chunks, and computes the factors that carry their decays."""
+        scale, c = q.shape[-1] ** -0.5, min(C, _GLA.BLOCK)
+        q, k, v = (_to_chunks(x, tokens, C, dtype) for x in (q, k, v))      # [n,B*H,C,K or V]
+        G = _to_chunks(g, tokens, C, torch.float64).clamp(min=_GLA.FLOOR)   # [n,B*H,C,K]
+        G = G.unflatten(2, (C // c, c)).cumsum(-2)                          # [n,B*H,C/c,c,K]
+        split = (G - G[..., (c - 1) // 2, None, :]).exp_()                  # [n,B*H,C/c,c,K]
+        # log decays from the block's start and to its end, while blocks grow
+        from_start, to_end, factors = G.to(dtype), (G[..., -1:, :] - G).to(dtype), []
         while c < C:
-            J = C // (2 * c)
-            from_start, to_end = from_start.view(-1, J, 2, c, K), to_end.view(-1, J, 2, c, K)
-            late, early = from_start[:, :, 1].exp(), to_end[:, :, 0].exp()  # [N*B*H,J,c,K]
-            halves.append((late, early))
-            ql, ke = q.view(-1, J, 2, c, K)[:, :, 1] * late, k.view(-1, J, 2, c, K)[:, :, 0] * early
-            _blocks(P, c, below=True).copy_(ql @ ke.mT)
-            to_end[:, :, 0] += from_start[:, :, 1, -1:]
-            from_start[:, :, 1] += from_start[:, :, 0, -1:]
+            from_start, to_end = (_pairs(x.view_as(k), c) for x in (from_start, to_end))
+            factors += [(from_start[..., 1, :, :].exp(), to_end[..., 0, :, :].exp())]
+            to_end[..., 0, :, :] += from_start[..., 1, -1:, :]
+            from_start[..., 1, :, :] += from_start[..., 0, -1:, :]
             c *= 2
-        from_start, to_end = from_start.view_as(q).exp(), to_end.view_as(k).exp()
-        # 3. the state
-        q_in, k_out = q * from_start, k * to_end
-        S = q.new_empty(N + 1, BH, K, v.shape[-1])                          # [N+1,B*H,K,V]
+        from_start, to_end = (x.exp().view_as(k) for x in (from_start, to_end))
+        return q * scale, k, v, split, factors, from_start, to_end
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, state):
+        (B, T, H, K), V = q.shape, v.shape[-1]
+        C = ctx.C = _chunk_length(T, 16 if max(K, V) < 32 else 64)
+        S = state.new_empty(-(-T // C) + 1, B * H, K, V)                    # at the chunks' borders
         S[0] = state.flatten(0, 1)
-        decay = from_start[:, :, -1, :, None]                               # [N,B*H,K,1]
-        torch.matmul(k_out.mT, v, out=S[1:])
-        for n in range(N):
-            S[n + 1].addcmul_(decay[n], S[n])
-        # 4. outputs
-        o = (q_in @ S[:-1]).flatten(0, 1).baddbmm_(P, v.flatten(0, 1)).view_as(v)
-        ctx.save_for_backward(q, k, v, split, P, from_start, to_end, S, *sum(halves, ()))
-        return _from_chunks(o, *ctx.like[2]), S[-1].view(state.shape).clone()
+        o, saved, N = torch.empty_like(v), [], 0
+        for tokens in _groups(T, C, B * H * max(K, V)):
+            qc, kc, vc, split, factors, from_start, to_end = _GLA.chunks(
+                tokens, C, S.dtype, q, k, v, g)
+            c, n = split.shape[-2], len(qc)
+            P = kc.new_zeros(n, B * H, C, C)
+            blocks = (qc.view_as(split) * split) @ (kc.view_as(split) / split).mT
+            _blocks(P, c).copy_(blocks.tril_())                             # [n,B*H,C/c,c,c]
+            for late, early in factors:
+                q_late = _pairs(qc, c)[..., 1, :, :] * late                 # [n,B*H,C/2c,c,K]
+                k_early = _pairs(kc, c)[..., 0, :, :] * early
+                _blocks(P, c, below=True).copy_(q_late @ k_early.mT)        # [n,B*H,C/2c,c,c]
+                c *= 2
+            torch.matmul((kc * to_end).mT, vc, out=S[N + 1:N + n + 1])
+            for i in range(N, N + n):
+                S[i + 1].addcmul_(from_start[i - N, :, -1, :, None], S[i])
+            _from_chunks(_add_product((qc * from_start) @ S[N:N + n], P, vc), o, tokens)
+            N += n
+            saved.append(P)
+        ctx.save_for_backward(q, k, v, g, S, *saved)
+        return o, S[-1].view(state.shape).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_full_precision
     def backward(ctx, do, dstate):
-        q, k, v, split, P, from_start, to_end, S, *halves = ctx.saved_tensors
-        N, BH, C, K = q.shape
-        do, decay = _to_chunks(do, C, q.dtype), from_start[:, :, -1, :, None]
-        # 3. the state, backwards
-        dS = torch.empty_like(S)
-        dS[-1] = dstate.flatten(0, 1)
-        torch.matmul((q * from_start).mT, do, out=dS[:-1])
-        for n in reversed(range(N)):
-            dS[n].addcmul_(decay[n], dS[n + 1])
-        k_out = k * to_end
-        dv = (k_out @ dS[1:]).flatten(0, 1).baddbmm_(P.mT, do.flatten(0, 1)).view_as(v)
-        dP = (do @ v.mT).flatten(0, 1)                                      # [N*B*H,C,C]
-        # 1. inside blocks; the diagonal apart, because it takes no part in dG
-        c = split.shape[-2]
-        qs, ks = q.view_as(split) * split, k.view_as(split) / split
-        blocks = _blocks(dP, c).tril(-1).double()                           # [N*B*H,C/c,c,c]
-        dq = (blocks @ ks).mul_(split).to(q.dtype).view_as(q)
-        dk = (blocks.mT @ qs).div_(split).to(q.dtype).view_as(k)
-        # 2. between blocks
-        for late, early in zip(halves[::2], halves[1::2]):
-            J = C // (2 * c)
-            pair = (N * BH, J, 2, c, K)
-            dPb = _blocks(dP, c, below=True).contiguous()                   # [N*B*H,J,c,c]
-            dq.view(pair)[:, :, 1].addcmul_(late, dPb @ (k.view(pair)[:, :, 0] * early))
-            dk.view(pair)[:, :, 0].addcmul_(early, dPb.mT @ (q.view(pair)[:, :, 1] * late))
-            c *= 2
-        dq.addcmul_(from_start, do @ S[:-1].mT)
-        dk_out = v @ dS[1:].mT
-        dG = (q * dq).addcmul_(k, dk, value=-1)                             # [N,B*H,C,K]
-        dG[:, :, -1].addcmul_(decay.squeeze(-1), (S[:-1] * dS[1:]).sum(-1))
-        dg = _from_right(dG).add_(_before(dk_out * k_out))
-        diagonal = dP.diagonal(dim1=-2, dim2=-1).view(N, BH, C, 1)
-        dq.addcmul_(diagonal, k).mul_(K ** -0.5)
-        dk.addcmul_(to_end, dk_out).addcmul_(diagonal, q)
-        grads = zip((dq, dk, dv, dg), ctx.like)
-        return *(_from_chunks(x, *like) for x, like in grads), dS[0].view(dstate.shape)
+        q, k, v, g, S, *saved = ctx.saved_tensors
+        (B, T, H, K), V, C = q.shape, v.shape[-1], ctx.C
+        N, dS1 = len(S) - 1, dstate.flatten(0, 1)
+        grads = tuple(torch.empty_like(x) for x in (q, k, v, g))
+        later = torch.ones(C, C, dtype=S.dtype, device=S.device).triu_()    # [t,r] = 1 for r >= t
+        for tokens in reversed(_groups(T, C, B * H * max(K, V))):
+            P, doc = saved.pop(), _to_chunks(do, tokens, C, S.dtype)
+            qc, kc, vc, split, factors, from_start, to_end = _GLA.chunks(
+                tokens, C, S.dtype, q, k, v, g)
+            c, n, decay = split.shape[-2], len(qc), from_start[:, :, -1]
+            N -= n
+            # the state, backwards; dS of a chunk is the gradient of the state behind it
+            dS, S0 = torch.empty_like(S[:n + 1]), S[N:N + n]
+            dS[n] = dS1
+            torch.matmul((qc * from_start).mT, doc, out=dS[:n])
+            for i in reversed(range(n)):
+                dS[i].addcmul_(decay[i].unsqueeze(-1), dS[i + 1])
+            dS1, k_out = dS[0], kc * to_end
+            dv = _add_product(k_out @ dS[1:], P.mT, doc)                    # [n,B*H,C,V]
+            dP = doc @ vc.mT                                                # [n,B*H,C,C]
+            # inside blocks; the diagonal later, because it takes no part in dG
+            blocks = _blocks(dP, c).tril(-1).double()                       # [n,B*H,C/c,c,c]
+            dq = (blocks @ (kc.view_as(split) / split)).mul_(split).to(S.dtype).view_as(kc)
+            dk = (blocks.mT @ (qc.view_as(split) * split)).div_(split).to(S.dtype).view_as(kc)
+            for late, early in factors:
+                below = _blocks(dP, c, below=True).contiguous()             # [n,B*H,C/2c,c,c]
+                q_late = _pairs(qc, c)[..., 1, :, :] * late                 # [n,B*H,C/2c,c,K]
+                k_early = _pairs(kc, c)[..., 0, :, :] * early
+                _pairs(dq, c)[..., 1, :, :].addcmul_(late, below @ k_early)
+                _pairs(dk, c)[..., 0, :, :].addcmul_(early, below.mT @ q_late)
+                c *= 2
+            dq.addcmul_(from_start, doc @ S0.mT)
+            dk_out = vc @ dS[1:].mT                                         # [n,B*H,C,K]
+            dG = (qc * dq).addcmul_(kc, dk, value=-1)                       # [n,B*H,C,K]
+            dG[:, :, -1].addcmul_(decay, (S0 * dS[1:]).sum(-1))
+            # the way from row s to the chunk's end goes straight to the g after s
+            dg = _add_product(later @ dG, (1 - later).expand_as(P), k_out.mul_(dk_out))
+            diagonal = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)          # [n,B*H,C,1]
+            dq.addcmul_(diagonal, kc).mul_(K ** -0.5)
+            dk.addcmul_(to_end, dk_out).addcmul_(diagonal, qc)
+            for x, out in zip((dq, dk, dv, dg), grads):
+                _from_chunks(x, out, tokens)
+        return *grads, dS1.view(dstate.shape)
+
+
+def _pairs(x, c):
+    """View rows as pairs of an earlier and a later block: [n,B*H,C,K] -> [n,B*H,C/2c,2,c,K]."""
+    return x.unflatten(2, (x.shape[2] // (2 * c), 2, c))
 
 
 def _blocks(P, c, below=False):
-    """The c x c blocks on the diagonal of P [X,C,C], as a view [X,C/c,c,c]; with `below` those
-    below it that join blocks two by two, [X,C/2c,c,c]."""
-    X, C = P.shape[:2]
+    """The c x c blocks on the diagonal of P [n,B*H,C,C], as a view [n,B*H,C/c,c,c]; with `below`
+    those beneath it that join blocks two by two, [n,B*H,C/2c,c,c]."""
+    n, BH, C, _ = P.shape
     if below:
-        P = P.view(X, C // (2 * c), 2, c, C // (2 * c), 2, c)[:, :, 1, :, :, 0]
+        P = P.view(n, BH, C // (2 * c), 2, c, C // (2 * c), 2, c)[:, :, :, 1, :, :, 0]
     else:
-        P = P.view(X, C // c, c, C // c, c)
-    return P.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        P = P.view(n, BH, C // c, c, C // c, c)
+    return P.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
 
 
+@_full_precision
 def gated_linear_attention(q, k, v, g, initial_state=None):
     """Gated linear attention, chunkwise: matrix products inside chunks, a short scan between them.
 
@@ -337,7 +395,7 @@ def gated_linear_attention(q, k, v, g, initial_state=None):
     Equivalent to: gated_linear_attention_recurrent(q, k, v, g, initial_state)
     """
     _check(q, k, v, g, None, initial_state, q.shape)
-    if q.shape[1] <= 2 and not torch.is_grad_enabled():                     # decoding
+    if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return gated_linear_attention_recurrent(q, k, v, g, initial_state)
     return _GLA.apply(q, k, v, g, _start_state(q, v, initial_state))
 

@@ -47,7 +47,7 @@ NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck
 GATE_NORMALIZER = 16    # GLA: log decay = logsigmoid(x) / 16
 MIN_LOG_DECAY = -5.0    # GLA: the kernels are exact down to this log decay per step
-START_LOG_DECAY = (0.001, 0.1)  # inherited start: -log decay per step, spread over the heads
+START_LOG_DECAY = (0.01, 0.03)  # inherited start: -log decay per step, spread over the heads
 
 
 class UserError(ValueError):

@@ -302,7 +302,8 @@ def run_search(args, model, tokenizer):
     result["cost"] = {"seconds": time.perf_counter() - began, "search_seconds": sum(spent),
                       "evaluations": len(spent), "memory": peak_memory(model.device),
                       "device": str(model.device), "versions": versions()}
-    plot_search(result, out / "search.png")
+    if given is None:
+        plot_search(result, out / "search.png")
     write_json(out / "result.json", result)
     report_result(result, scorer, out)
     return result
@@ -320,7 +321,7 @@ def report_result(result, scorer, out):
         cells = [f"{split} {row['score']:.4f} +- {row['stderr']:.4f} (n = {row['n']})"
                  for split in scorer.splits for row in [scorer.row(split, layers)]]
         log(f"  {name:6s} {', '.join(cells)}; linear layers {layers}")
-    log(f"  saved: {out}/best, {out}/opt, {out}/result.json, {out}/search.png")
+    log(f"  saved: {out}/best, {out}/opt, {out}/result.json")
 
 
 def main():

@@ -1069,8 +1069,9 @@ def bad(lab, runs, tmp_path_factory):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, capsys):
     script, flags, says = BAD[name]
-    make = {"distill": lambda **f: distill_command(lab, tmp_path / "out", **f),
-            "replace": lambda **f: replace_command(lab, runs["gdn"], tmp_path / "out", **f),
+    make = {"distill": lambda out=tmp_path / "out", **f: distill_command(lab, out, **f),
+            "replace": lambda blocks=runs["gdn"], out=tmp_path / "out", **f: replace_command(
+                lab, blocks, out, **f),
             "eval": lambda **f: command("eval.py", **{"model": lab / "model",
                                                       "task": lab / "val.jsonl", **f})}[script]
     filled = {k: v.format(lab=lab, tmp=bad, run=runs["gdn"]) if isinstance(v, str) else v
