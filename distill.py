@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from eval import (
     DEMO, ArgumentParser, UserError, add_model_flags, attention_modules, digest, fingerprint,
     finish, load_model, log, make_demo, make_output_dir, max_length, parse_layers, positive,
-    progress, read_jsonl, run_script, versions, write_atomic, write_json)
+    progress, read_docs, run_script, versions, write_atomic, write_json)
 from linear_attn import MIXERS
 
 PAPER_MIX = "nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,zjsd/RedStone-QA-oq@0.25"
@@ -113,11 +113,11 @@ def read_documents(path, column):
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a UTF-8 text file.")
     documents = []
-    for number, row in read_jsonl(path):
+    for place, row in read_docs(str(path)):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             names = ", ".join(row) if isinstance(row, dict) else "none"
-            raise UserError(f"{path}, line {number}: no text column {column!r} (columns: {names}); "
-                            "name it with --text-column.")
+            raise UserError(f"{place}: no text column {column!r} (columns: {names}); name it with "
+                            "--text-column.")
         documents.append(row[column])
     return documents
 

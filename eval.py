@@ -2,32 +2,51 @@
 
     python eval.py                                              # the demo: offline, CPU
     python eval.py --model out/demo/copy/opt --task copy
-    python eval.py --model Qwen/Qwen2.5-0.5B --task items.jsonl --metric acc_norm
+    python eval.py --model Qwen/Qwen2.5-1.5B --task arc_challenge,pubmedqa
+    python eval.py --model M --task items.jsonl --metric acc_norm
 
-A task is the name of one in TASKS, or a file with one JSON object per line:
+A task is one of the eighteen of the paper, by the names of lm-evaluation-harness (0.4.13) or of
+the paper, scored exactly as the harness scores them; or a file with one JSON object per line:
 
     {"context": "...", "choices": ["...", "..."], "gold": 0}    log-likelihood of each choice
     {"prompt": "...", "answer": "...", "stop": ["\\n"], "max_tokens": 32}     greedy generation
 
-Choices are scored as lm-evaluation-harness scores them: the continuation is a space and the
-choice, `acc` takes the largest summed log-likelihood, `acc_norm` the largest per character.
-Log-softmax in fp32, sums in fp64. The last line on stdout is the result as one JSON object.
+Of choices the continuation is a space and the choice; `acc` takes the largest summed
+log-likelihood, `acc_norm` the largest per character. Log-softmax in fp32, sums in fp64. The last
+line on stdout is the result as one JSON object.
 """
 
 import argparse
+import ast
+import builtins
 import contextlib
+import ctypes
+import functools
+import gzip
 import hashlib
+import inspect
 import json
+import logging
 import math
 import os
 import random
-import shlex
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
 import sys
+import tempfile
+import time
+import zlib
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 try:
+    import numpy as np
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -44,6 +63,7 @@ except ImportError as error:
     sys.exit(f"cannot start: {error}. Set up with: pip install -r requirements.txt")
 
 DEMO = Path("out/demo")
+DEMO_TASKS = ("copy", "chain")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -264,147 +284,563 @@ def fingerprint(model):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tasks
+# Tasks: what the model is asked, and how its answer becomes a number
+
+# A document is one row of a task's dataset, a dict. A new task is one more entry in the table
+# below: where its documents are, the prompt, and either the choices and which is right, or stop
+# strings and a function that judges the text. Every quirk is the harness's own, kept so that
+# numbers can be compared (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks).
+
+MODELS = ("Qwen2.5-1.5B", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")
+NEVER = object()  # a gold answer that no choice can be
+
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked for a document, and how answers are scored.
+    """One benchmark. The functions take a document; without `choices` the model writes text."""
 
-    requests(doc) -> [(context, continuation), ...] for log-likelihood tasks,
-                     [(prompt, {"until": [...], "max_gen_toks": n})] for generation tasks.
-    score(doc, outputs) -> {metric: value}; outputs are the summed log-likelihoods in the order
-                     of the requests, or the one generated text.
-    metric           the one that is reported and searched on.
-    splits           (search split, report split): names, or paths of files.
-    """
     name: str
-    requests: Callable
-    score: Callable
-    metric: str
-    metrics: tuple
-    splits: tuple = ()
-    generates: bool = False
+    fields: tuple               # what every document must have
+    prompt: Callable            # the text that the model continues
+    gold: Callable              # index of the right choice, or the reference; fails if it is bad
+    metric: str                 # the one the paper most likely reports
+    metrics: tuple = ()         # all that the harness prints; without any, just that one
+    choices: Callable = None
+    contexts: Callable = None   # a prompt per choice, each continued by `target`
+    stop: tuple = ()
+    max_tokens: int = 256       # the harness's number where a task names none
+    judge: Callable = None      # document, text -> metrics
+    program: Callable = None    # document, text -> program that fails unless the text is right
+    description: str = ""
+    target: Callable = None     # the answer that a shot shows, if it is not the right choice
+    delimiter: str = " "        # between prompt and answer
+    shots: int = 0
+    shot_split: str = "train"   # None: the task takes no shots
+    first_shots: bool = False   # the first k for every document, not a draw for each
+    fixed_shots: tuple = ()
+    hub: tuple = None           # dataset and configuration
+    splits: tuple = None        # the split to search on and the split to report, see split_docs
+    short: str = ""             # the paper's names
+    paper: dict = None          # the paper's score of each of MODELS in percent, nothing replaced
+
+    def requests(self, doc, shots=None):
+        """What to ask: [(context, continuation)] by choice, or [(prompt, {until, max_gen_toks})].
+
+        `shots` are documents, shown solved before this one; None stands for the fixed ones."""
+        shots = self.fixed_shots if shots is None else shots
+        head = self.description + "".join(self.shot(shot) for shot in shots)
+        if self.contexts:
+            rest = self.delimiter + self.target(doc)
+            return [(head + context, rest) for context in self.contexts(doc)]
+        prompt = head + self.prompt(doc)
+        if self.choices:
+            return [(prompt, self.delimiter + choice) for choice in self.choices(doc)]
+        return [(prompt, self.limits(doc))]
+
+    def shot(self, doc):
+        """A solved example. Where a target is empty the harness leaves out the blank line too."""
+        answer = self.target(doc) if self.target else self.choices(doc)[self.gold(doc)]
+        if self.target and not answer:
+            return self.prompt(doc)
+        return self.prompt(doc) + self.delimiter + answer + "\n\n"
+
+    def limits(self, doc):  # an item of a JSON-lines file may bring its own
+        return {"until": list(doc.get("stop", self.stop)),
+                "max_gen_toks": doc.get("max_tokens", self.max_tokens)}
+
+    def score(self, doc, outputs, allow_code=False):
+        """Metrics from the summed log-likelihoods in request order, or from [the text written]."""
+        if self.choices:
+            return self.accuracy(doc, np.array(outputs, dtype=np.float64))
+        text, = outputs
+        for stop in filter(None, self.limits(doc)["until"]):
+            text = text.split(stop)[0]
+        if self.judge:
+            return self.judge(doc, text)
+        if not allow_code:
+            raise UserError(f"{self.name} runs programs that the model wrote: allow it with "
+                            "--allow-code-execution (they run behind a fence, not in a jail)")
+        return {self.metric: float(run_program(self.program(doc, text)).passed)}
+
+    def accuracy(self, doc, lls):
+        """The first maximum wins. acc_norm is per character; an empty choice counts -inf."""
+        choices, gold = self.choices(doc), self.gold(doc)
+        assert len(lls) == len(choices), f"{len(lls)} scores for {len(choices)} choices"
+        with np.errstate(divide="ignore", invalid="ignore"):
+            by = {"acc": lls, "acc_norm": lls / np.array([len(choice) for choice in choices])}
+        return {m: float(np.argmax(by[m]) == gold) for m in self.metrics or (self.metric,)}
+
+    @property
+    def generates(self):
+        return not self.choices
+
+    def check(self, doc):
+        """Raise UserError, saying why, unless the document can be asked and its gold parses."""
+        if not isinstance(doc, dict):
+            raise UserError("not a JSON object")
+        missing = [field for field in self.fields if doc.get(field) is None]
+        if missing:
+            raise UserError(f"no field {missing[0]!r}; {self.name} needs {', '.join(self.fields)}")
+        try:
+            requests, gold = self.requests(doc), self.gold(doc)
+        except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise UserError(f"not a document of {self.name}: {reason}") from None
+        texts = gold if isinstance(gold, list) else [gold]
+        if self.choices:
+            right = gold is NEVER or type(gold) is int and 0 <= gold < len(requests)
+            if not (requests and right):
+                raise UserError(f"the gold answer is {gold!r}, there are {len(requests)} choices")
+        elif not (texts and all(isinstance(text, str) for text in texts)):
+            raise UserError(f"the gold answer {gold!r} is not a text")
 
 
-def choice_requests(doc):
-    return [(doc["context"], " " + choice) for choice in doc["choices"]]
+def paper(*scores):
+    return dict(zip(MODELS, scores, strict=True))
 
 
-def choice_score(doc, sums):
-    """acc: largest sum; acc_norm: largest sum per character of the choice. Ties: the first."""
-    per_char = [s / len(c) if c else -math.inf for s, c in zip(sums, doc["choices"])]
-    return {"acc": float(sums.index(max(sums)) == doc["gold"]),
-            "acc_norm": float(per_char.index(max(per_char)) == doc["gold"])}
+def lettered(doc, choices, letters):
+    """A question and its lettered choices, as CommonsenseQA and MMLU print them."""
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices[:len(letters)],
+                                                             strict=True)]
+    return "\n".join([doc["question"].strip(), *lines, "Answer:"])
 
 
-def generation_requests(doc):
-    return [(doc["prompt"], {"until": doc.get("stop", []),
-                             "max_gen_toks": doc.get("max_tokens", 256)})]
+def hellaswag_clean(text):
+    """WikiHow's [tags] go, in one pass; a text that began with a tag keeps the space behind it."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
 
 
-def generation_score(doc, texts):
-    text = cut_at_stops(texts[0], doc.get("stop", []))
-    return {"exact_match": float(text.strip() == doc["answer"].strip())}
+def hellaswag_prompt(doc):
+    # capitalize() also lower-cases all the rest; the field `ctx` is not used.
+    return hellaswag_clean(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")
 
 
-def cut_at_stops(text, stops):
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text
+def winogrande_contexts(doc):
+    """The sentence up to the blank, filled in both ways."""
+    before = doc["sentence"][:doc["sentence"].index("_")]
+    return [before + doc["option1"], before + doc["option2"]]
 
 
-def choice_task(name, splits):
-    return Task(name, choice_requests, choice_score, "acc", ("acc", "acc_norm"), splits)
+def winogrande_gold(doc):
+    return ["1", "2"].index(doc["answer"])
 
 
-def generation_task(name, splits):
-    return Task(name, generation_requests, generation_score, "exact_match", ("exact_match",),
-                splits, generates=True)
+def mathqa_choices(doc):
+    """Five options cut from one string; a comma and a space inside an option end it."""
+    found = re.findall(r"[abcd] \) .*?, |e \) .*?$", doc["options"])
+    return [option[4:].rstrip(" ,") for option in found]
 
 
-TASKS = {name: choice_task(name, (DEMO / f"{name}-validation.jsonl", DEMO / f"{name}-test.jsonl"))
-         for name in ("copy", "chain")}
+def mathqa_gold(doc):
+    gold = list("abcde").index(doc["correct"])
+    return gold if gold < len(mathqa_choices(doc)) else NEVER
 
 
-def read_jsonl(path):
-    """[(line number, object)] of a JSON-lines file. Raises UserError naming the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
-    rows = []
+def gsm8k_bare(text):
+    """What is compared: no commas, no dollars, nothing up to the last '#### ', no full stop."""
+    for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(pattern, "", text)
+    return text.lower()
+
+
+def gsm8k_gold(doc):
+    if not re.search(r"#### [-$]*[0-9.,]*[0-9]", doc["answer"]):
+        raise ValueError("no number behind '#### ' in the answer")
+    return gsm8k_bare(doc["answer"])
+
+
+def gsm8k_judge(doc, text):
+    """strict-match takes the first number behind '#### ', flexible-extract the last of all."""
+    found = {"strict-match": re.findall(r"#### (-?[0-9.,]+)", text)[:1],
+             "flexible-extract": re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)[-1:]}
+    right = gsm8k_bare(doc["answer"])
+    return {f"exact_match,{name}": float(gsm8k_bare("".join(answer) or "[invalid]") == right)
+            for name, answer in found.items()}
+
+
+def mbpp_tests(doc):
+    first, second, third = doc["test_list"][:3]
+    return f"{first}\n{second}\n{third}"
+
+
+def parsed(program):
+    """The program, if it is Python."""
+    ast.parse(program)
+    return program
+
+
+def swde_judge(value, text):
+    return {"contains": int(bool(re.search(re.escape(value), text, re.IGNORECASE)))}
+
+
+def lcs_words(x, y):
+    """The words of a longest common subsequence; between equals the one that `rouge` takes."""
+    table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, word in enumerate(x, 1):
+        for j, other in enumerate(y, 1):
+            same = table[i - 1][j - 1] + 1
+            table[i][j] = same if word == other else max(table[i - 1][j], table[i][j - 1])
+    words, i, j = set(), len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            words.add(x[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def rouge_l(prediction, reference):
+    """ROUGE-L F of the package `rouge` 1.0.1: sentences end at '.', a word counts once."""
+    ours, theirs = ([" ".join(sentence.split()).split(" ") for sentence in text.split(".")
+                     if sentence] for text in (prediction, reference))
+    if not ours or not theirs:
+        return 0.0
+    common = len(set().union(*(lcs_words(x, y) for x in theirs for y in ours)))
+    precision, recall = common / len(set().union(*ours)), common / len(set().union(*theirs))
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+def samsum_judge(doc, text):
+    best = max(0.0, *(rouge_l(text.strip(), answer) for answer in doc["answers"]))
+    return {"score": best, "rouge_score": best}
+
+
+def class_score(classes, text, gold):
+    """1 / (number of classes that the text names) if the right one is among them."""
+    named = [name for name in classes if name in text]
+    for name in named:  # LongBench shortens the list it walks, and so skips the next name
+        if name in gold and name != gold:
+            named.remove(name)
+    return 1.0 / len(named) if gold in named else 0.0
+
+
+def trec_judge(doc, text):
+    classes = doc["all_classes"]
+    best = max(0.0, *(class_score(classes, text.strip(), gold) for gold in doc["answers"]))
+    return {"score": best, "classification_score": best}
+
+
+MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
+    {"text": "Write a function to find the similar elements from the given two tuple lists.",
+     "code": "def similar_elements(test_tup1, test_tup2):\r\n"
+             "  res = tuple(set(test_tup1) & set(test_tup2))\r\n  return (res) ",
+     "test_list": ["assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)",
+                   "assert similar_elements((1, 2, 3, 4),(5, 4, 3, 7)) == (3, 4)",
+                   "assert similar_elements((11, 12, 14, 13),(17, 15, 14, 13)) == (13, 14)"]},
+    {"text": "Write a python function to identify non-prime numbers.",
+     "code": "import math\r\ndef is_not_prime(n):\r\n    result = False\r\n"
+             "    for i in range(2,int(math.sqrt(n)) + 1):\r\n        if n % i == 0:\r\n"
+             "            result = True\r\n    return result",
+     "test_list": ["assert is_not_prime(2) == False", "assert is_not_prime(10) == True",
+                   "assert is_not_prime(35) == True"]},
+    {"text": "Write a function to find the largest integers from a given list of numbers using "
+             "heap queue algorithm.",
+     "code": "import heapq as hq\r\ndef heap_queue_largest(nums,n):\r\n"
+             "  largest_nums = hq.nlargest(n, nums)\r\n  return largest_nums",
+     "test_list": [f"assert heap_queue_largest( [25, 35, 22, 85, 14, 65, 75, 22, 58],{n})=={top}"
+                   for n, top in ((3, "[85, 75, 65] "), (2, "[85, 75] "),
+                                  (5, "[85, 75, 65, 58, 35]"))]})
+
+# Settings that several tasks share.
+BOTH = dict(metrics=("acc", "acc_norm"))
+VALIDATED = dict(splits=("validation", "test"))
+HIDDEN = dict(splits=("train", "validation"))  # the test labels are secret: validation is reported
+
+ARC = dict(
+    fields=("question", "choices", "answerKey"), metric="acc_norm", **BOTH, **VALIDATED,
+    prompt=lambda doc: f"Question: {doc['question']}\nAnswer:",
+    choices=lambda doc: doc["choices"]["text"],
+    gold=lambda doc: doc["choices"]["label"].index(doc["answerKey"]))
+
+SWDE = dict(
+    fields=("text", "value"), hub=("hazyresearch/based-swde-v2", "default"), metric="contains",
+    gold=lambda doc: doc["value"], stop=("\n",), max_tokens=48,
+    splits=("validation", "validation"), shot_split=None)
+
+LONGBENCH = dict(
+    gold=lambda doc: doc["answers"], target=lambda doc: doc["answers"][0], delimiter="",
+    stop=("\n",), metric="score", splits=("test", "test"), shot_split=None)
+
+
+def mmlu(subject, **rest):
+    return Task(
+        f"mmlu_{subject}", ("question", "choices", "answer"), hub=("cais/mmlu", subject),
+        description="The following are multiple choice questions (with answers) about "
+                    f"{subject}.\n\n",
+        prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"),
+        choices=lambda doc: list("ABCD"), gold=lambda doc: doc["answer"],
+        metric="acc", shot_split="dev", first_shots=True, **VALIDATED, **rest)
+
+
+TASK_LIST = (
+    Task("arc_challenge", hub=("allenai/ai2_arc", "ARC-Challenge"), **ARC,
+         short="ArcC", paper=paper(45.1, 46.4, 55.0)),
+    Task("arc_easy", hub=("allenai/ai2_arc", "ARC-Easy"), **ARC,
+         short="ArcE", paper=paper(72.0, 67.9, 79.6)),
+    Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
+         prompt=lambda doc: f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:",
+         choices=lambda doc: ["no", "yes"], gold=lambda doc: doc["label"],
+         metric="acc", **HIDDEN, short="BQ BoolQ", paper=paper(73.0, 78.5, 84.2)),
+    Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
+         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
+         choices=lambda doc: list("ABCDE"), gold=lambda doc: list("ABCDE").index(doc["answerKey"]),
+         metric="acc", **HIDDEN, short="CQ", paper=paper(75.2, 67.7, 77.2)),
+    Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+         hub=("Rowan/hellaswag", None), prompt=hellaswag_prompt,
+         choices=lambda doc: [hellaswag_clean(ending) for ending in doc["endings"]],
+         gold=lambda doc: list("0123").index(str(doc["label"])),
+         metric="acc", **BOTH, **HIDDEN, short="HS", paper=paper(50.1, 52.4, 59.2)),
+    Task("openbookqa", ("question_stem", "choices", "answerKey"),
+         hub=("allenai/openbookqa", "main"), prompt=lambda doc: doc["question_stem"],
+         choices=lambda doc: doc["choices"]["text"],
+         gold=lambda doc: doc["choices"]["label"].index(doc["answerKey"].lstrip()),
+         metric="acc_norm", **BOTH, **VALIDATED, short="OBQA OBA", paper=paper(40.6, 36.0, 43.4)),
+    Task("piqa", ("goal", "sol1", "sol2", "label"), hub=("baber/piqa", None),
+         prompt=lambda doc: f"Question: {doc['goal']}\nAnswer:",
+         choices=lambda doc: [doc["sol1"], doc["sol2"]], gold=lambda doc: doc["label"],
+         metric="acc", **BOTH, **HIDDEN, short="PIQA", paper=paper(75.7, 75.5, 80.0)),
+    # What is scored is the rest of the sentence behind each option, not the option.
+    Task("winogrande", ("sentence", "option1", "option2", "answer"),
+         hub=("allenai/winogrande", "winogrande_xl"),
+         choices=winogrande_contexts, contexts=winogrande_contexts, gold=winogrande_gold,
+         prompt=lambda doc: winogrande_contexts(doc)[winogrande_gold(doc)],
+         target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip(),
+         metric="acc", **HIDDEN, short="WG", paper=paper(63.3, 68.0, 74.0)),
+    Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4,
+         prompt=lambda doc: f"Question: {doc['question']}\nAnswer:",
+         target=lambda doc: doc["answer"], gold=gsm8k_gold, judge=gsm8k_judge,
+         stop=("Question:", "</s>", "<|im_end|>"), metric="exact_match,strict-match",
+         metrics=("exact_match,strict-match", "exact_match,flexible-extract"),
+         splits=("train", "test"), short="GSM8K", paper=paper(61.4, 63.9, 76.0)),
+    Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None),
+         prompt=lambda doc: f"Question: {doc['Problem']}\nAnswer:",
+         choices=mathqa_choices, gold=mathqa_gold,
+         metric="acc_norm", **BOTH, **VALIDATED, short="MathQA MQ", paper=paper(35.0, 34.5, 39.4)),
+    Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
+         prompt=lambda doc: doc["prompt"], gold=lambda doc: parsed(doc["test"]),
+         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_tokens=1024,
+         program=lambda doc, text: f"{doc['prompt']}{text}\n{doc['test']}\n"
+                                   f"check({doc['entry_point']})",
+         metric="pass@1", splits=("test", "test"), shot_split=None,
+         short="HumanEval HE", paper=paper(47.6, 51.2, 58.5)),
+    # The paper says zero-shot, but its numbers need the harness's default of three fixed shots.
+    Task("mbpp", ("text", "code", "test_list"), hub=("google-research-datasets/mbpp", "full"),
+         prompt=lambda doc: "You are an expert Python programmer, and here is your task: "
+                            f"{doc['text']} Your code should pass these tests:\n\n"
+                            f"{mbpp_tests(doc)}\n[BEGIN]\n",
+         target=lambda doc: doc["code"] + "\n[DONE]", delimiter="",
+         gold=lambda doc: parsed(mbpp_tests(doc)),
+         program=lambda doc, text: f"{text}\n{mbpp_tests(doc)}", stop=("[DONE]",),
+         metric="pass_at_1", shots=3, fixed_shots=MBPP_SHOTS, first_shots=True, **VALIDATED,
+         short="MBPP", paper=paper(50.0, 54.8, 59.8)),
+    # Version 0, in every release up to 0.4.12 and so in the paper, strips nothing.
+    Task("swde", prompt=lambda doc: doc["text"], target=lambda doc: doc["value"],
+         judge=lambda doc, text: swde_judge(doc["value"], text), **SWDE,
+         short="SWDE", paper=paper(86.4, 85.8, 91.1)),
+    Task("swde_v1", prompt=lambda doc: doc["text"].strip(),
+         target=lambda doc: doc["value"].strip(),
+         judge=lambda doc, text: swde_judge(doc["value"].strip(), text), **SWDE),
+    Task("longbench_samsum", ("context", "question", "answers"), judge=samsum_judge,
+         hub=("Xnhyacinth/LongBench", "samsum"), max_tokens=128, **LONGBENCH,
+         prompt=lambda doc: "Summarize the dialogue into a few short sentences. The following "
+                            f"are some examples.\n\n{doc['context']}\n{doc['question']}",
+         short="SAMSum", paper=paper(42.5, 42.4, 43.9)),
+    Task("longbench_trec", ("context", "question", "answers", "all_classes"), judge=trec_judge,
+         hub=("Xnhyacinth/LongBench", "trec"), max_tokens=64, **LONGBENCH,
+         prompt=lambda doc: "Please determine the type of the question below. Here are some "
+                            f"examples of questions.\n\n{doc['context']}\n{doc['question']}",
+         short="TREC", paper=paper(71.0, 72.0, 73.5)),
+    mmlu("econometrics", short="EC", paper=paper(46.5, 39.5, 51.8)),
+    mmlu("marketing", short="MK", paper=paper(83.3, 86.8, 88.9)),
+    # The official 500 test items are reported; the search has the other 500, as in the paper.
+    Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
+         hub=("bigbio/pubmed_qa", "pubmed_qa_labeled_fold0_source"),
+         prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
+                            f"\nQuestion: {doc['QUESTION']}\nAnswer:",
+         choices=lambda doc: ["yes", "no", "maybe"],
+         gold=lambda doc: ["yes", "no", "maybe"].index(doc["final_decision"]),
+         metric="acc", splits=("train+validation", "test"),
+         short="PM PubMedQA", paper=paper(63.8, 69.8, 75.0)),
+)
+
+
+class TaskTable(dict):
+    """Tasks by the harness's names; the paper's short names (ArcC, ...) are understood too."""
+
+    def __missing__(self, name):
+        for task in self.values():
+            if name.lower() in (task.name, *task.short.lower().split()):
+                return task
+        raise UserError(f"no task {name!r}: there are {', '.join(self)} and JSON-lines files")
+
+
+TASKS = TaskTable((task.name, task) for task in TASK_LIST)
+
+
+def choice_gold(doc):
+    if not (isinstance(doc["choices"], list) and len(doc["choices"]) > 1):
+        raise ValueError("'choices' must be a list of two or more")
+    return doc["gold"]
+
+
+def generate_gold(doc):
+    stop, length = doc.get("stop", []), doc.get("max_tokens", 1)
+    if not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
+        raise ValueError("'stop' must be a list of texts")
+    if not (type(length) is int and length > 0):
+        raise ValueError("'max_tokens' must be a positive number")
+    return doc["answer"]
+
+
+# The two kinds of items that a JSON-lines file may hold: rank the choices, or write an answer.
+CHOICE_FILE = Task(
+    "choices", ("context", "choices", "gold"), prompt=lambda doc: doc["context"],
+    choices=lambda doc: doc["choices"], gold=choice_gold, metric="acc", **BOTH)
+GENERATE_FILE = Task(
+    "answers", ("prompt", "answer"), prompt=lambda doc: doc["prompt"], gold=generate_gold,
+    judge=lambda doc, text: {"exact_match": float(text.strip() == doc["answer"].strip())},
+    metric="exact_match")
+
+# ------------------------------------------------------------------------------------------------
+# Documents: from the Hub or from files of the same schema
+
+def read_docs(path):
+    """The rows of a .jsonl, .jsonl.gz or .parquet file, each with its place in it."""
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append((number, json.loads(line)))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file.")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}).")
-    if not rows:
-        raise UserError(f"{path} is empty.")
+        if path.endswith(".parquet"):
+            import pyarrow.parquet
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            lines = [(f"{path} line {i}", line) for i, line in enumerate(file, 1) if line.strip()]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    rows = []
+    for place, line in lines:
+        try:
+            rows.append((place, dict(json.loads(line))))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{place} is not a JSON object: {error}") from None
     return rows
 
 
-def read_items(path):
-    """The items of a task file, checked. Raises UserError naming the first bad line."""
-    rows = read_jsonl(path)
-    for number, doc in rows:
-        problem = _item_problem(doc)
-        if problem is None and ("choices" in doc) != ("choices" in rows[0][1]):
-            problem = "items with choices and items with an answer do not mix in one file"
-        if problem:
-            raise UserError(f"{path}, line {number}: {problem}.")
-    return [dict(doc, source=f"{path}, line {number}") for number, doc in rows]
+def hub_docs(task, split):
+    """The rows of one split of the task's dataset on the Hub, each with its place in it."""
+    import datasets
+    name, config = task.hub
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # gated, missing, renamed, no such split, no network, ...
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the Hub "
+            f"({type(error).__name__}: {reason}); if it is gated, accept its terms there and log "
+            "in, and if there is no network or it has moved, download it elsewhere and pass its "
+            "rows with --docs (--test-docs, --shot-docs), as .jsonl, .jsonl.gz or .parquet with "
+            f"the fields {', '.join(task.fields)}") from None
+    return [(f"{name} {split} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def _item_problem(doc):
-    """What is wrong with one item of a task file, or None."""
-    def is_strings(value):
-        return isinstance(value, list) and all(isinstance(x, str) for x in value)
-
-    if not isinstance(doc, dict):
-        return "not a JSON object"
-    if "choices" in doc:
-        if not isinstance(doc.get("context"), str) or not is_strings(doc["choices"]):
-            return '"context" must be a string and "choices" a list of strings'
-        if len(doc["choices"]) < 2:
-            return "an item needs at least two choices"
-        gold = doc.get("gold")
-        if type(gold) is not int:
-            return '"gold" must be the number of the right choice'
-        if not 0 <= gold < len(doc["choices"]):
-            return f'"gold" is {gold}, but there are {len(doc["choices"])} choices, counted from 0'
-        return None
-    if not isinstance(doc.get("prompt"), str) or not isinstance(doc.get("answer"), str):
-        return 'needs "context", "choices" and "gold", or "prompt" and "answer"'
-    if not is_strings(doc.get("stop", [])):
-        return '"stop" must be a list of strings'
-    count = doc.get("max_tokens", 1)
-    if type(count) is not int or count < 1:
-        return '"max_tokens" must be a positive whole number'
-    return None
+class Document(dict):
+    """One row of a dataset, which knows its place in it, for messages."""
+    place = "a document"
 
 
-def find_task(name, test=None):
-    """A named task, or the one that the files `name` (searched or scored) and `test` hold."""
-    if name in TASKS:
-        return TASKS[name]
-    if not name.endswith((".jsonl", ".json")) and not Path(name).exists():
-        raise UserError(f"unknown task {name}: give one of {', '.join(TASKS)}, or the path of a "
-                        ".jsonl file.")
-    make = choice_task if "choices" in read_items(name)[0] else generation_task
-    task = make(name, (Path(name), Path(test) if test else None))
-    if test and ("choices" in read_items(test)[0]) == task.generates:
-        raise UserError(f"{test} and {name} are not items of one kind.")
-    return task
+def place_of(doc):
+    return getattr(doc, "place", Document.place)
 
 
-def check_metric(task, metric):
-    """The metric to report. Raises UserError if the task does not have it."""
-    if metric and metric not in task.metrics:
-        raise UserError(f"{task.name} has no metric {metric}; it has {', '.join(task.metrics)}.")
-    return metric or task.metric
+def load_docs(task, split, path=None):
+    """All documents of a split, or of the local file in its place, each one checked."""
+    docs = []
+    for place, doc in read_docs(str(path)) if path else hub_docs(task, split):
+        try:
+            task.check(doc)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        docs.append(Document(doc))
+        docs[-1].place = place
+    if not docs:
+        raise UserError(f"{path or task.hub[0]} holds no documents")
+    return docs
+
+
+def file_task(path):
+    """A JSON-lines file as a task of its own, with its documents."""
+    rows = read_docs(str(path))
+    task = GENERATE_FILE if rows and "answer" in rows[0][1] else CHOICE_FILE
+    return task, load_docs(task, None, path)
+
+
+def sample(docs, size, seed):
+    """A seeded subset and the rest, both in the order of the documents."""
+    chosen = set(random.Random(seed).sample(range(len(docs)), min(size, len(docs))))
+    return ([doc for i, doc in enumerate(docs) if i in chosen],
+            [doc for i, doc in enumerate(docs) if i not in chosen])
+
+
+def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=False):
+    """Documents to search on, documents to report, and sentences about them for the user.
+
+    The search never sees what is reported. It gets up to `size` documents of validation where test
+    is reported, and of train where validation is, or where that is all there is; a task with one
+    split is cut into seeded halves. The paper's rule, read literally, searches on the reported
+    documents in the second and the last case: `paper_splits`.
+    """
+    searched, reported = task.splits
+    if paper_splits and reported in ("validation", searched) and not (docs and test_docs):
+        report = load_docs(task, reported, test_docs or docs)
+        return report, report, ["--paper-splits: the search sees what is reported, so it leaks"]
+    if searched == reported and not test_docs:
+        whole = load_docs(task, reported, docs)
+        search, report = sample(whole, len(whole) // 2, seed)
+    else:
+        search, report = load_docs(task, searched, docs), load_docs(task, reported, test_docs)
+    seen = {repr(task.requests(doc, ())) for doc in report}
+    clean = [doc for doc in search if repr(task.requests(doc, ())) not in seen]
+    if not clean:
+        raise UserError(f"{task.name}: every document to search on is also reported")
+    chosen = sample(clean, size, seed)[0]
+    notes = [f"searching on {len(chosen)} of {len(search)} documents, {len(report)} are reported"]
+    if len(clean) < len(search):
+        notes.append(f"left out of the search: {len(search) - len(clean)} that are reported too")
+    if len(chosen) < 100:
+        notes.append(f"with {len(chosen)} documents, one is worth {100 / len(chosen):.1f} points: "
+                     "layers will tie, and the order found is little more than chance")
+    return chosen, report, notes
+
+
+def draw_shots(task, docs, k, pool, searched=False):
+    """The shots of each document: one draw after the other from Random(1234), in their order.
+
+    On a search split, and where the harness scores a validation split, one more is drawn and the
+    document itself dropped, so that it is never its own example.
+    """
+    if k == 0:
+        return [[] for _ in docs]
+    pool = list(task.fixed_shots or pool or ())
+    extra = not task.first_shots and (searched or task.splits[1] == "validation")
+    if k + extra > len(pool):
+        raise UserError(f"{task.name}: {k} shots cannot be taken from {len(pool)} documents")
+    if task.first_shots:
+        return [pool[:k] for _ in docs]
+    draw, shots = random.Random(1234), []
+    for doc in docs:
+        def other(row):
+            return row != doc and not (searched and task.prompt(row) == task.prompt(doc))
+        drawn = draw.sample(pool, k + extra)
+        if extra:
+            drawn = [row for row in drawn if other(row)][:k]
+        if len(drawn) < k:  # copies of the document were drawn with it
+            drawn = draw.sample([row for row in pool if other(row)], k)
+        shots.append(drawn)
+    return shots
 
 
 # ------------------------------------------------------------------------------------------------
@@ -513,7 +949,7 @@ def demo_tokenizer():
 
 
 # ------------------------------------------------------------------------------------------------
-# The engine: log-likelihoods and greedy generation in fixed batches
+# The engine: requests -> tokens -> fixed batches -> log-likelihoods or texts
 
 @dataclass
 class Request:
@@ -523,8 +959,32 @@ class Request:
     scored: int = 0
     limits: dict = field(default_factory=dict)
 
+    def key(self):
+        return tuple(self.tokens), self.scored, json.dumps(self.limits)
 
-def encode_pair(tokenizer, context, continuation):
+
+@dataclass
+class Group:
+    """Requests whose first tokens are the same and are run once: the choices of a document."""
+    prefix: list
+    members: list                       # numbers of requests
+
+
+def encode(tokenizer, text, bos=None):
+    """Tokens with the tokenizer's own special tokens, or with BOS forced on or off; a text that
+    already begins with BOS does not get another."""
+    start = tokenizer.bos_token
+    if bos is False or (start and text.startswith(start)):
+        return tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokenizer.encode(text)
+    if bos and tokens[:1] != [tokenizer.bos_token_id]:
+        if tokenizer.bos_token_id is None:
+            raise UserError("--bos: this tokenizer has no BOS token.")
+        tokens = [tokenizer.bos_token_id] + tokens
+    return tokens
+
+
+def encode_pair(tokenizer, context, continuation, bos=None):
     """Tokens of context + continuation, and how many belong to the continuation: the harness's
     way. Trailing white space of the context moves to the continuation; the two are encoded
     together; the continuation's tokens are what is left after the context's own."""
@@ -537,50 +997,88 @@ def encode_pair(tokenizer, context, continuation):
         if prefix is None:
             raise UserError("an empty context needs a tokenizer with a BOS or EOS token.")
         tokens = tokenizer.encode(continuation, add_special_tokens=False)
-        return [prefix] + tokens, len(tokens)
-    whole = tokenizer.encode(context + continuation)
-    scored = len(whole) - len(tokenizer.encode(context))
-    return whole, max(scored, 0)
+        scored = len(tokens)
+        return tokens if tokens[:1] == [prefix] else [prefix] + tokens, scored
+    whole = encode(tokenizer, context + continuation, bos)
+    return whole, max(len(whole) - len(encode(tokenizer, context, bos)), 0)
 
 
 class Prepared:
     """A task's documents, tokenised once and cut into fixed batches, to be scored many times.
 
-    Equal requests are asked once. Batches are cut from the requests sorted by length, longest
-    first, so that what does not fit into memory fails at once, and the same for every model.
+    Equal requests are asked once. Requests of one document that begin alike form a group, unless
+    `whole`. Batches are cut from the groups sorted by length, longest first, so that what does
+    not fit into memory fails at once, and are the same for every model.
     """
 
-    def __init__(self, task, docs, model, tokenizer, batch_size):
-        self.task, self.docs, self.tokenizer = task, docs, tokenizer
-        self.requests, self.of_doc, index = [], [], {}
-        for doc in docs:
-            mine = [self._request(ask, doc, model) for ask in task.requests(doc)]
-            for request in mine:
-                key = (tuple(request.tokens), request.scored, json.dumps(request.limits))
-                if key not in index:
-                    index[key] = len(self.requests)
+    def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
+                 whole=False, max_gen_toks=None):
+        self.task, self.docs, self.tokenizer, self.bos = task, docs, tokenizer, bos
+        self.max_gen_toks, self.truncated = max_gen_toks, 0
+        self.requests, self.of_doc, self.groups, index = [], [], [], {}
+        for number, doc in enumerate(docs):
+            mine, new = [], []
+            for ask in task.requests(doc, shots[number] if shots else None):
+                request = self._request(ask, doc, max_length(model))
+                if request.key() not in index:
+                    index[request.key()] = len(self.requests)
+                    new.append(len(self.requests))
                     self.requests.append(request)
-            self.of_doc.append([index[tuple(r.tokens), r.scored, json.dumps(r.limits)]
-                                for r in mine])
-        order = sorted(range(len(self.requests)), key=lambda i: -len(self.requests[i].tokens))
-        self.batches = [order[i: i + batch_size] for i in range(0, len(order), batch_size)]
+                mine.append(index[request.key()])
+            self.of_doc.append(mine)
+            self.groups += self._grouped(new, whole or task.generates)
+        self.groups.sort(key=lambda group: -len(group.prefix))
+        self.batches = list(self._batches(batch_size))
 
-    def _request(self, ask, doc, model):
-        limit = max_length(model) or math.inf
+    def _request(self, ask, doc, limit):
+        """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
+        left, as the harness cuts it, and counted."""
         if self.task.generates:
-            tokens = self.tokenizer.encode(ask[0])
-            request, needed = Request(tokens, limits=ask[1]), len(tokens) + ask[1]["max_gen_toks"]
+            new = self.max_gen_toks or ask[1]["max_gen_toks"]
+            request = Request(encode(self.tokenizer, ask[0], self.bos),
+                              limits={**ask[1], "max_gen_toks": new})
+            room = limit and limit - new
         else:
-            tokens, scored = encode_pair(self.tokenizer, *ask)
-            request, needed = Request(tokens, scored), len(tokens) - 1
-        if needed > limit:
-            raise UserError(f"{doc['source']}: {needed} tokens, but the model's context has only "
-                            f"{limit}.")
+            request = Request(*encode_pair(self.tokenizer, *ask, self.bos))
+            room = limit and limit + 1                  # the last token is scored, not read
+        if limit is None or len(request.tokens) <= room:
+            return request
+        if self.task.hub is None:
+            raise UserError(f"{place_of(doc)}: {len(request.tokens)} tokens, but the model's context "
+                            f"has room for {room}.")
+        if room <= 0:
+            raise UserError(f"{self.task.name} generates up to {new} tokens, but the model's "
+                            f"context is {limit}: lower it with --max-gen-toks.")
+        self.truncated += 1
+        request.tokens = request.tokens[-room:]
+        request.scored = min(request.scored, room - 1)
         return request
 
+    def _grouped(self, members, alone):
+        """One group of what begins alike up to the first scored token, or one for each."""
+        tokens = [self.requests[i].tokens for i in members]
+        shared = 0 if alone or len(members) < 2 else min(
+            len(os.path.commonprefix(tokens)),
+            *(len(self.requests[i].tokens) - self.requests[i].scored for i in members))
+        if shared > 0:
+            return [Group(tokens[0][:shared], members)]
+        last = None if self.task.generates else -1      # the last token is scored, not read
+        return [Group(self.requests[i].tokens[:last], [i]) for i in members]
+
+    def _batches(self, size):
+        batch, rows = [], 0
+        for group in self.groups:
+            if batch and rows + len(group.members) > size:
+                yield batch
+                batch, rows = [], 0
+            batch.append(group)
+            rows += len(group.members)
+        if batch:
+            yield batch
+
     def fingerprint(self):
-        return digest(self.docs, [(r.tokens, r.scored, r.limits) for r in self.requests],
-                      self.batches, self.task.name)
+        return digest(self.task.name, self.docs, [request.key() for request in self.requests],
+                      [[(group.prefix, group.members) for group in b] for b in self.batches])
 
 
 @contextlib.contextmanager
@@ -595,27 +1093,101 @@ def head_only_at(model, scored):
         hook.remove()
 
 
+def pad(rows, left):
+    """Token ids [B, T] and the mask of real ones, padded on one side."""
+    width = max(map(len, rows))
+    ids, real = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(
+        len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where], real[i, where] = torch.tensor(row, dtype=torch.long), True
+    return ids, real
+
+
+def read(model, ids, scored, cache=None, mask=None, positions=None):
+    """One forward of ids [B, T] after what `cache` holds -> log-probabilities fp32 [N, V] at the
+    N positions where `scored` [B, T] is true."""
+    kwargs = {}
+    if mask is not None:
+        kwargs = {"attention_mask": mask.long().to(model.device),
+                  "position_ids": positions.to(model.device)}
+    with head_only_at(model, scored.to(model.device)):
+        logits = model(ids.to(model.device), past_key_values=cache, use_cache=cache is not None,
+                       **kwargs).logits
+    return logits.float().log_softmax(-1)
+
+
+class Sums:
+    """Adds up log-probabilities of scored tokens, by request, in fp64."""
+
+    def __init__(self):
+        self.of = {}
+
+    def add(self, log_probs, asked):
+        """log_probs [N, V]; asked: (row of log_probs, request, token) for each scored token."""
+        if asked:
+            rows, requests, tokens = zip(*asked)
+            picked = log_probs[list(rows), list(tokens)].double().tolist()
+            for request, value in zip(requests, picked):
+                self.of[request] = self.of.get(request, 0.0) + value
+
+
 @torch.no_grad()
-def batch_log_likelihoods(model, requests):
-    """Summed log-probability of the scored tokens of each request, fp64 [len(requests)]. Padding
-    is on the right, where a causal model cannot see it, so no mask is needed."""
-    width = max(len(r.tokens) for r in requests) - 1
-    ids = torch.zeros(len(requests), width, dtype=torch.long)
-    scored = torch.zeros(len(requests), width, dtype=torch.bool)
-    for row, request in enumerate(requests):
-        end = len(request.tokens) - 1
-        ids[row, :end] = torch.tensor(request.tokens[:-1])
-        scored[row, end - request.scored: end] = True
-    targets = torch.tensor([t for r in requests for t in r.tokens[len(r.tokens) - r.scored:]])
-    owner = scored.nonzero()[:, 0]                                  # which request each target is of
-    sums = torch.zeros(len(requests), dtype=torch.float64)
-    if len(targets):
-        with head_only_at(model, scored.to(model.device)):
-            logits = model(ids.to(model.device), use_cache=False).logits        # [N, V]
-        log_probs = logits.float().log_softmax(-1)
-        picked = log_probs.gather(-1, targets.to(model.device)[:, None])[:, 0]  # [N]
-        sums.index_add_(0, owner, picked.double().cpu())
-    return sums
+def batch_log_likelihoods(model, requests, groups):
+    """{request: summed log-probability of its scored tokens} for a batch of groups.
+
+    First every group's prefix is run once. Its last position gives the first token of every
+    member, which is all that single-token choices need. Then the members' remaining tokens are
+    run together, each row going on from a copy of its group's keys, values and states.
+    """
+    tails = [(row, i, requests[i].tokens[len(group.prefix):])
+             for row, group in enumerate(groups) for i in group.members if len(group.members) > 1]
+    going_on = [tail for tail in tails if len(tail[2]) > 1]
+    # Prefixes that go on are padded on the left, so that they end together; others on the right,
+    # where a causal model cannot see the padding and needs no mask.
+    ids, real = pad([group.prefix for group in groups], left=bool(going_on))
+    cache = transformers.DynamicCache(config=model.config) if going_on else None
+    masked = cache is not None and not real.all()
+    scored, asked = torch.zeros_like(real), []
+    starts = real.int().argmax(1).tolist()
+    for row, group in enumerate(groups):
+        for i in group.members:
+            tokens, n = requests[i].tokens, requests[i].scored
+            for t in range(max(len(tokens) - n, 1), min(len(group.prefix) + 1, len(tokens))):
+                scored[row, starts[row] + t - 1] = True
+                asked.append(((row, starts[row] + t - 1), i, tokens[t]))
+    sums = Sums()
+    sums.of = {i: 0.0 for group in groups for i in group.members}
+    log_probs = read(model, ids, scored, cache, real if masked else None,
+                     (real.cumsum(1) - 1).clamp(min=0))
+    sums.add(log_probs, numbered(asked, scored))
+    if going_on:
+        score_tails(model, requests, going_on, cache, real if masked else None, sums)
+    return sums.of
+
+
+def score_tails(model, requests, tails, cache, prefix_mask, sums):
+    """Second half of batch_log_likelihoods: tails are (row of the prefix, request, tokens)."""
+    rows = torch.tensor([row for row, _, _ in tails])
+    cache.batch_select_indices(rows.to(model.device))
+    ids, real = pad([tokens[:-1] for _, _, tokens in tails], left=False)
+    scored, asked = torch.zeros_like(real), []
+    for row, (_, i, tokens) in enumerate(tails):
+        for t in range(max(len(tokens) - requests[i].scored, 1), len(tokens)):
+            scored[row, t - 1] = True
+            asked.append(((row, t - 1), i, tokens[t]))
+    mask = positions = None
+    if prefix_mask is not None:
+        prefix = prefix_mask[rows]                                          # [R, P]
+        mask = torch.cat([prefix, torch.ones_like(real)], dim=1)            # [R, P + T]
+        positions = prefix.sum(1, keepdim=True) + torch.arange(ids.shape[1])
+    sums.add(read(model, ids, scored, cache, mask, positions), numbered(asked, scored))
+
+
+def numbered(asked, scored):
+    """Replace the places (row, position) in `asked` by their rank among the true of `scored`."""
+    rank = (scored.flatten().cumsum(0) - 1).view(scored.shape).tolist()
+    return [(rank[row][position], i, token) for (row, position), i, token in asked]
 
 
 class StopOnText(transformers.StoppingCriteria):
@@ -631,29 +1203,272 @@ class StopOnText(transformers.StoppingCriteria):
 
 
 @torch.no_grad()
-def batch_generate(model, tokenizer, requests):
-    """Greedy continuation of each request, as text: left padding, the model's cache."""
-    width = max(len(r.tokens) for r in requests)
-    ids = torch.zeros(len(requests), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        ids[row, width - len(request.tokens):] = torch.tensor(request.tokens)
-        mask[row, width - len(request.tokens):] = 1
-    steps = [r.limits["max_gen_toks"] for r in requests]
+def batch_generate(model, tokenizer, requests, groups):
+    """{request: greedy continuation as text} for a batch: left padding, the model's cache. The
+    text may run past a stop string; Task.score cuts it there."""
+    asked = [requests[i] for group in groups for i in group.members]
+    ids, real = pad([group.prefix for group in groups], left=True)
+    steps, width = [request.limits["max_gen_toks"] for request in asked], ids.shape[1]
     out = model.generate(
-        ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, num_beams=1,
-        max_new_tokens=max(steps), max_length=None, pad_token_id=_pad_id(tokenizer),
+        ids.to(model.device), attention_mask=real.long().to(model.device), do_sample=False,
+        num_beams=1, max_new_tokens=max(steps), pad_token_id=_pad_id(tokenizer),
         temperature=None, top_p=None, top_k=None,
         stopping_criteria=transformers.StoppingCriteriaList(
-            [StopOnText(tokenizer, [r.limits["until"] for r in requests], width)]))
-    return [tokenizer.decode(row[width: width + n], skip_special_tokens=True)
-            for row, n in zip(out, steps)]
+            [StopOnText(tokenizer, [r.limits["until"] for r in asked], width)]))
+    texts = [tokenizer.decode(row[width: width + n], skip_special_tokens=True)
+             for row, n in zip(out, steps)]
+    return {i: text for group, text in zip(groups, texts) for i in group.members}
 
 
 def _pad_id(tokenizer):
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in known if i is not None)
 
+
+# ------------------------------------------------------------------------------------------------
+# Generated code: a fence, not a jail
+
+# A program runs below a fresh interpreter, which is given the source of the functions in FENCE:
+#   supervise     a process group of its own; tries with namespaces, then without
+#     watch       starts the program, waits for its word or the clock, kills what is left
+#       inside    no descriptors, no rights, limits; then the program
+# What the system does not allow is left out, and told in Verdict.fence.
+
+Verdict = namedtuple("Verdict", "passed reason fence")
+
+
+def run_program(program, seconds=3.0, namespaces=True):
+    """Whether `program` runs to its end without an exception, as a Verdict."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        environment = {"HOME": home, "TMPDIR": home, "PATH": os.defpath, "LANG": "C.UTF-8",
+                       "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        job = dict(program=program, seconds=seconds, home=home, namespaces=namespaces)
+        with subprocess.Popen([sys.executable, "-sPB", "-c", fence_source()], cwd=home,
+                              env=environment, start_new_session=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            try:
+                out, err = child.communicate(json.dumps(job).encode(), timeout=seconds + 30)
+            except subprocess.TimeoutExpired:
+                out, err = b"", b"not even a time-out"
+                os.killpg(child.pid, signal.SIGKILL)
+    if not out:
+        return Verdict(False, "no verdict: " + err.decode(errors="replace")[-200:], "")
+    said, fence = json.loads(out)
+    return Verdict(said == "passed", said, fence)
+
+
+@functools.cache
+def fence():
+    """What holds programs back on this system, as a sentence; UserError where none can run."""
+    trial = run_program("import collections, math, re, typing") if sys.platform == "linux" else None
+    if not trial or not trial.passed:
+        raise UserError("programs that the model wrote cannot run here: "
+                        + (trial.reason if trial else "the fence around them needs Linux"))
+    return trial.fence
+
+
+@functools.cache
+def fence_source():
+    modules = "builtins, contextlib, ctypes, json, os, select, shutil, signal, struct, subprocess"
+    return "\n".join([f"import {modules}, sys, time", *map(inspect.getsource, FENCE),
+                      "supervise()"])
+
+
+def supervise():
+    """Take a job from stdin; make the stronger fence that the system allows."""
+    job = json.load(sys.stdin)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, programs go first
+    job["uid"], own = os.getuid(), 61000 + os.getpid() % 4000
+    if job["uid"] == 0:  # process limits do not bind root: it gets a uid that owns nothing
+        with contextlib.suppress(OSError):
+            os.chown(job["home"], own, -1)
+            job["uid"] = own
+            reach_python()
+    for attempt in [with_namespaces] * job["namespaces"] + [without_namespaces]:
+        pid = os.fork()
+        if pid == 0:
+            attempt(job, ctypes.CDLL(None))
+        if os.waitpid(pid, 0)[1] == 0:
+            break
+
+
+def reach_python():
+    """Import by descriptor: root's Python may be in /root, which only root may enter by name."""
+    def door(path):
+        return f"/proc/self/fd/{os.open(path, os.O_PATH)}"
+    sys.path[:] = [door(path) for path in sys.path if os.path.isdir(path)]
+    for module in list(sys.modules.values()):
+        if hasattr(module, "__path__"):
+            module.__path__ = [door(path) for path in module.__path__]
+
+
+def with_namespaces(job, libc):
+    """New user, PID, mount, network and IPC namespaces; exit code 1 where they are refused."""
+    drop_rights(job["uid"], libc)
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x20000000 | 0x00020000 | 0x40000000 | 0x08000000):
+        os._exit(1)
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
+                       ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(line)
+    pid = os.fork()
+    if pid == 0:  # first in the PID namespace: when it ends, the kernel kills all others
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        watch(job, libc, "limits; user, PID, mount and network namespaces"
+              + (", a read-only file system" if read_only(job["home"].encode(), libc) else ""))
+    os.waitpid(pid, 0)
+    os._exit(0)
+
+
+def without_namespaces(job, libc):
+    landlock = libc.syscall(444, None, 0, 1) > 0
+    watch(job, libc, "limits, but no namespaces on this system; "
+          + ("a read-only file system (Landlock), " if landlock else "")
+          + ("your own user" if job["uid"] == os.getuid() else "an unprivileged user"))
+
+
+def read_only(home, libc):
+    """Make all mounts read-only, which this user namespace cannot undo; 64 MB of memory at home."""
+    libc.mount(None, b"/", None, 0x44000, None)             # MS_REC | MS_PRIVATE
+    attributes = struct.pack("QQQQ", 1, 0, 0, 0)            # MOUNT_ATTR_RDONLY
+    refused = libc.syscall(442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr, recursive
+    libc.mount(b"proc", b"/proc", b"proc", 14, None)        # of these processes alone
+    libc.mount(b"none", home, b"tmpfs", 6, b"size=64m,mode=700")
+    os.chdir(home)
+    return not refused
+
+
+def watch(job, libc, told):
+    """Start the program, wait for its word or the clock, kill what is left, print the verdict."""
+    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come here, whatever session they are in
+    ready, word = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(ready)
+            inside(job, libc, word)
+        finally:
+            os._exit(1)
+    os.close(word)
+    heard = select.select([ready], [], [], job["seconds"])[0]
+    said = os.read(ready, 300).decode(errors="replace") if heard else "timed out"
+    if os.getpid() != 1:
+        sweep(child)
+    print(json.dumps([said or "died", told]), flush=True)
+    os._exit(0)
+
+
+def sweep(child):
+    """Kill the program's group at one stroke, which no fork bomb outruns, then every orphan."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # until no child is left
+        while True:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                    if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                        os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def inside(job, libc, word):
+    """Become the program: stdin is shut, what it prints goes to memory limited like a file."""
+    os.setsid()
+    shut, output = os.open(os.devnull, os.O_WRONLY), os.memfd_create("output")
+    for fd, target in ((shut, 0), (output, 1), (output, 2)):
+        os.dup2(fd, target)
+    os.close(shut), os.close(output)
+    drop_rights(job["uid"], libc)
+    libc.capset(struct.pack("II", 0x20080522, 0), bytes(24))  # no capabilities
+    limit(job["seconds"])
+    deny_writes(job["home"], libc)
+    deny_calls(libc)
+    write = os.write
+    forbid(job["program"])
+    try:
+        exec(job["program"], {})  # as in code_eval: no __name__, and SystemExit is a failure
+        said = "passed"
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    write(word, said.encode(errors="replace")[:300])
+
+
+def drop_rights(uid, libc):
+    """From root to an unprivileged user; executing a file cannot raise anyone's rights again."""
+    if os.getuid() != uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        libc.prctl(4, 1)            # PR_SET_DUMPABLE: /proc/self would stay root's otherwise
+    libc.prctl(38, 1, 0, 0, 0)      # PR_SET_NO_NEW_PRIVS
+
+
+def limit(seconds):
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    for name, most in (("CPU", int(seconds) + 1), ("AS", 2 << 30), ("FSIZE", 16 << 20),
+                       ("NOFILE", 64), ("NPROC", 16), ("CORE", 0)):
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+
+
+def deny_writes(home, libc):
+    """Landlock, where the kernel has it: files can only be changed in `home`."""
+    version = libc.syscall(444, None, 0, 1)
+    rights = 0x1FF2 if version < 3 else 0x5FF2  # write, remove, make; version 3 adds truncate
+    rules = libc.syscall(444, struct.pack("Q", rights), 8, 0)
+    for path, granted in ((home, rights), (os.devnull, rights & 0x4002)):
+        file = os.open(path, os.O_PATH)
+        libc.syscall(445, rules, 1, struct.pack("=Qi", granted, file), 0)
+        os.close(file)
+    libc.syscall(446, rules, 0)
+
+
+def deny_calls(libc):
+    """A seccomp filter: signals, tracing, sockets, leaving the process group fail with EPERM."""
+    arch, calls = {  # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal,
+        # ptrace, process_vm_writev, setsid, setpgid, socket
+        "x86_64": (0xC000003E, (62, 200, 234, 129, 297, 424, 101, 311, 112, 109, 41)),
+        "aarch64": (0xC00000B7, (129, 130, 131, 138, 240, 424, 117, 271, 157, 154, 198)),
+    }.get(os.uname().machine, (0, ()))
+    load, equal, above, end = 0x20, 0x15, 0x35, 0x06
+    code = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, 0x50001),
+            (load, 0, 0, 0), (above, len(calls) + 1, 0, 0x40000000),  # x86-64's second table
+            *((equal, len(calls) - i, 0, call) for i, call in enumerate(calls)),
+            (end, 0, 0, 0x7FFF0000), (end, 0, 0, 0x50001)]            # allow, or EPERM
+    steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
+    if calls:
+        libc.prctl(22, 2, struct.pack("HP", len(code), ctypes.addressof(steps)), 0, 0)
+
+
+def forbid(program):
+    """Take away what code_eval takes away, so that the same programs fail."""
+    for name in ("multiprocessing", "numpy", "pandas"):  # loaded by then, in code_eval
+        if name in program:
+            with contextlib.suppress(ImportError):
+                __import__(name)
+    gone = {builtins: "exit quit help", shutil: "rmtree move chown", subprocess: "Popen",
+            os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg "
+                "rename renames truncate replace unlink fchmod fchown chmod chown chroot lchflags "
+                "lchmod lchown getcwd chdir"}
+    for module, names in gone.items():
+        for name in names.split():
+            setattr(module, name, None)
+    sys.modules.update(dict.fromkeys(("ipdb", "joblib", "resource", "psutil", "tkinter")))
+
+
+FENCE = (supervise, reach_python, with_namespaces, without_namespaces, read_only, watch, sweep,
+         inside, drop_rights, limit, deny_writes, deny_calls, forbid)
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores
 
 @dataclass
 class Score:
@@ -676,28 +1491,34 @@ class Score:
         return math.sqrt(squares / max(self.n - 1, 1) / self.n)
 
 
-def evaluate(model, prepared, metric=None, quiet=False):
+def evaluate(model, prepared, metric=None, quiet=False, allow_code=False):
     """Score `model`, whatever is swapped into it, on prepared documents -> Score.
     Raises FloatingPointError for a log-likelihood that is not finite."""
-    task, outputs = prepared.task, [None] * len(prepared.requests)
-    for batch in progress(prepared.batches, desc=task.name, unit="batch", leave=False,
+    outputs = {}
+    for batch in progress(prepared.batches, desc=prepared.task.name, unit="batch", leave=False,
                           disable=quiet):
-        requests = [prepared.requests[i] for i in batch]
-        if task.generates:
-            answers = batch_generate(model, prepared.tokenizer, requests)
-        else:
-            answers = batch_log_likelihoods(model, requests).tolist()
-        for i, answer in zip(batch, answers):
-            outputs[i] = answer
+        outputs |= answer_batch(model, prepared, batch)
+    return judge(prepared, outputs, metric, linear_layers(model), allow_code)
+
+
+def answer_batch(model, prepared, batch):
+    """{request: summed log-likelihood, or text} for one batch of groups."""
+    if prepared.task.generates:
+        return batch_generate(model, prepared.tokenizer, prepared.requests, batch)
+    return batch_log_likelihoods(model, prepared.requests, batch)
+
+
+def judge(prepared, outputs, metric, layers, allow_code=False):
+    """Turn {request: answer} of all requests into a Score."""
     items, per_doc = [], []
-    for doc, indices in zip(prepared.docs, prepared.of_doc):
-        answers = [outputs[i] for i in indices]
-        if not task.generates and not all(map(math.isfinite, answers)):
-            raise FloatingPointError(f"a score of {doc['source']} is not finite with linear "
-                                     f"layers {linear_layers(model)}")
-        items.append(task.score(doc, answers))
+    for doc, numbers in zip(prepared.docs, prepared.of_doc):
+        answers = [outputs[i] for i in numbers]
+        if not prepared.task.generates and not all(map(math.isfinite, answers)):
+            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
+                                     f"{layers}")
+        items.append(prepared.task.score(doc, answers, allow_code))
         per_doc.append(answers)
-    return Score(metric or task.metric, items, per_doc)
+    return Score(metric or prepared.task.metric, items, per_doc)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -706,45 +1527,115 @@ def evaluate(model, prepared, metric=None, quiet=False):
 def add_task_flags(parser):
     parser.add_argument("--metric", help="report this metric of the task, not its usual one")
     parser.add_argument("--batch-size", type=positive(int), default=16, help="sequences at a time")
-    parser.add_argument("--limit", type=positive(int), help="score only the first N items")
+    parser.add_argument("--limit", type=positive(int), help="score only the first N documents")
+    parser.add_argument("--docs", help="a named task's documents, as a local .jsonl, .jsonl.gz or "
+                        ".parquet file in place of the Hub: those scored, or searched on")
+    parser.add_argument("--shot-docs", help="the file that a named task's shots are drawn from")
+    parser.add_argument("--shots", type=int, help="examples before each document (default: the "
+                        "paper's: 4 for gsm8k, 3 for mbpp, else none)")
+    parser.add_argument("--max-gen-toks", type=positive(int),
+                        help="generate at most N tokens in place of the task's own number")
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
+                        help="force a BOS token on or off (default: as the tokenizer does)")
+    parser.add_argument("--whole", action="store_true", help="run every context + choice whole, "
+                        "as the harness does, in place of a shared context once")
+    parser.add_argument("--seed", type=int, default=0, help="of the search split's draw")
+    parser.add_argument("--allow-code-execution", action="store_true",
+                        help="run the programs that the model writes (humaneval, mbpp), each "
+                        "behind a fence of limits; a fence, not a jail")
+
+
+def find_task(name, args):
+    """A named task, or that of a task file. Raises UserError for what cannot be scored at all."""
+    if name in DEMO_TASKS or Path(name).exists() or name.endswith((".jsonl", ".json")):
+        given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
+        return file_task(DEMO / f"{name}-validation.jsonl" if name in DEMO_TASKS else name)[0]
+    task = TASKS[name]
+    if task.program and not args.allow_code_execution:
+        raise UserError(f"{task.name} runs programs that the model wrote, behind a fence of "
+                        "limits that is not a jail; allow it with --allow-code-execution.")
+    if (args.shots or 0) < 0 or (args.shots and task.shot_split is None):
+        raise UserError(f"--shots {args.shots}: {task.name} takes none.")
+    return task
+
+
+def check_metric(task, metric):
+    """The metric to report. Raises UserError if the task does not have it."""
+    known = task.metrics or (task.metric,)
+    if metric and metric not in known:
+        raise UserError(f"{task.name} has no metric {metric}; it has {' and '.join(known)}.")
+    return metric or task.metric
+
+
+def scored_docs(name, task, args):
+    """The documents that eval.py scores: a file's, or the split that the harness reports."""
+    if name in DEMO_TASKS:
+        return file_task(DEMO / f"{name}-test.jsonl")[1]
+    return load_docs(task, task.splits[1], args.docs) if task.hub else file_task(name)[1]
+
+
+def prepare(task, docs, model, tokenizer, args, searched=False):
+    """Documents of one split with their shots, tokenised and in batches."""
+    count = task.shots if args.shots is None else args.shots
+    docs, shots = docs[: args.limit], None
+    if count and not task.fixed_shots:
+        pool = load_docs(task, task.shot_split, args.shot_docs)
+        shots = draw_shots(task, docs, count, pool, searched)
+    elif task.fixed_shots and args.shots is not None:
+        shots = draw_shots(task, docs, count, None)
+    prepared = Prepared(task, docs, model, tokenizer, args.batch_size, shots, args.bos,
+                        args.whole, args.max_gen_toks)
+    if prepared.truncated:
+        log(f"{task.name}: {prepared.truncated} of {len(prepared.requests)} requests were longer "
+            "than the model's context and lost tokens on the left")
+    return prepared
+
+
+def show_requests(prepared, count):
+    """Print the first requests exactly as the model will see them: text, and tokens."""
+    for number, request in enumerate(prepared.requests[:count]):
+        decoded = prepared.tokenizer.decode(request.tokens)
+        log(f"--- request {number}: {len(request.tokens)} tokens, the last {request.scored} "
+            f"scored {json.dumps(request.limits)}\n{decoded}\n{request.tokens}")
+
+
+def score_task(name, model, tokenizer, args):
+    """Score one task, print its line, write its items -> the result as a dict."""
+    task = find_task(name, args)
+    metric = check_metric(task, args.metric)
+    prepared = prepare(task, scored_docs(name, task, args), model, tokenizer, args)
+    show_requests(prepared, args.show)
+    if task.program:
+        log(f"programs run behind a fence: {fence()}")
+    score = evaluate(model, prepared, metric, allow_code=args.allow_code_execution)
+    paper_value = (task.paper or {}).get(Path(args.model).name)
+    result = {"task": name, "split": task.splits[1] if task.hub else name, "n": score.n,
+              "metric": metric, "value": score.mean(), "stderr": score.stderr(),
+              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper_value,
+              "truncated": prepared.truncated}
+    log(f"{name}: {metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; paper: "
+        f"{'no number' if paper_value is None else paper_value}); "
+        + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
+    if args.out:
+        path = make_output_dir(args.out) / f"{Path(name).stem}-items.jsonl"
+        _write_lines(path, [{"place": place_of(doc), "outputs": outputs, **item} for doc, outputs, item
+                            in zip(prepared.docs, score.outputs, score.items)])
+        result["items"] = str(path)
+    return result
 
 
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--task", help=f"one of {', '.join(TASKS)}, or a .jsonl file")
+    parser.add_argument("--task", help="comma-separated: .jsonl files, or of "
+                        + ", ".join([*DEMO_TASKS, *TASKS]))
     add_task_flags(parser)
+    parser.add_argument("--show", type=positive(int), default=0, metavar="N",
+                        help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
     return parser.parse_args()
-
-
-def prepare(path, task, model, tokenizer, args):
-    """Documents of one split of a task, ready to be scored."""
-    return Prepared(task, read_items(path)[: args.limit], model, tokenizer, args.batch_size)
-
-
-def score_task(name, model, tokenizer, args):
-    """Score one task, print its line, write its items -> the result as a dict."""
-    task = find_task(name)
-    metric = check_metric(task, args.metric)
-    split = task.splits[1] or task.splits[0]
-    score = evaluate(model, prepare(split, task, model, tokenizer, args), metric)
-    result = {"task": name, "split": str(split), "n": score.n, "metric": metric,
-              "value": score.mean(), "stderr": score.stderr(),
-              "metrics": {m: score.mean(m) for m in task.metrics}}
-    log(f"{name}: {metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}, "
-        f"{split}); " + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
-    if args.out:
-        rows = [{"source": doc["source"], "outputs": outputs, **item} for doc, outputs, item in
-                zip(prepare_docs(split, args), score.outputs, score.items)]
-        path = make_output_dir(args.out) / f"{Path(name).stem}-items.jsonl"
-        _write_lines(path, rows)
-        result["items"] = str(path)
-    return result
-
-
-def prepare_docs(path, args):
-    return read_items(path)[: args.limit]
 
 
 def main():
@@ -753,16 +1644,21 @@ def main():
     if args.model is None:
         log("demo: scores the demo's teacher; --model and --task score anything else")
         args.model, args.out = str(make_demo()), args.out or str(DEMO)
-        args.task = args.task or "copy,chain"
-        following = "python distill.py"
+        args.task, following = args.task or "copy,chain", "python distill.py"
     if args.task is None:
-        raise UserError(f"--task is missing: one of {', '.join(TASKS)}, or a .jsonl file.")
-    for name in args.task.split(","):
-        check_metric(find_task(name), args.metric)
+        raise UserError("--task is missing: a .jsonl file, or of "
+                        + ", ".join([*DEMO_TASKS, *TASKS]) + ".")
+    names = args.task.split(",")
+    for name in names:
+        check_metric(find_task(name, args), args.metric)
+    if args.out:
+        make_output_dir(args.out)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    results = [score_task(name, model, tokenizer, args) for name in args.task.split(",")]
+    results = [score_task(name, model, tokenizer, args) for name in names]
     finish({"model": args.model, "linear_layers": linear_layers(model), "dtype": str(model.dtype),
-            "device": str(model.device), "versions": versions(), "results": results}, following)
+            "device": str(model.device), "settings": {k: getattr(args, k) for k in (
+                "shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")},
+            "versions": versions(), "results": results}, following)
 
 
 if __name__ == "__main__":

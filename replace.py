@@ -26,10 +26,10 @@ from pathlib import Path
 
 from distill import load_blocks, peak_memory, read_run
 from eval import (
-    DEMO, TASKS, ArgumentParser, UserError, add_model_flags, add_task_flags, attention_modules,
-    check_metric, digest, evaluate, find_task, fingerprint, finish, load_model, log, make_demo,
-    make_output_dir, parse_layers, prepare, progress, run_script, versions, write_atomic,
-    write_json)
+    DEMO, DEMO_TASKS, TASKS, ArgumentParser, UserError, add_model_flags, add_task_flags,
+    attention_modules, check_metric, digest, evaluate, file_task, find_task, fingerprint, finish,
+    load_model, log, make_demo, make_output_dir, parse_layers, positive, prepare, progress,
+    run_script, split_docs, versions, write_atomic, write_json)
 from linear_attn import check_savable, save_hybrid, swap
 
 SLACK = 1e-9        # scores are fractions of counts: equal counts must compare as equal
@@ -145,9 +145,9 @@ def _line(row):
 class Scorer:
     """P of hybrids on the splits of a task, remembered in the journal."""
 
-    def __init__(self, model, mixers, splits, metric, journal):
+    def __init__(self, model, mixers, splits, metric, journal, allow_code=False):
         self.model, self.mixers, self.splits = model, mixers, splits
-        self.metric, self.journal = metric, journal
+        self.metric, self.journal, self.allow_code = metric, journal, allow_code
 
     def row(self, split, layers):
         """The journal's row of one layer set on one split; evaluated if it is not there yet."""
@@ -155,7 +155,8 @@ class Scorer:
         if (split, layers) not in self.journal.rows:
             began = time.perf_counter()
             with replaced(self.model, self.mixers, layers):
-                score = evaluate(self.model, self.splits[split], self.metric, quiet=True)
+                score = evaluate(self.model, self.splits[split], self.metric, quiet=True,
+                                 allow_code=self.allow_code)
             self.journal.add({"split": split, "layers": list(layers), "score": score.mean(),
                               "stderr": score.stderr(), "n": score.n,
                               "seconds": round(time.perf_counter() - began, 4)})
@@ -231,9 +232,15 @@ def parse_args():
     add_model_flags(parser)
     parser.add_argument("--blocks", help="run directory of distill.py; several, comma-separated, for "
                         "layers that were distilled apart")
-    parser.add_argument("--task", help=f"one of {', '.join(TASKS)}, or a .jsonl file to search on")
+    parser.add_argument("--task", help="a .jsonl file to search on, or one of "
+                        + ", ".join([*DEMO_TASKS, *TASKS]))
     parser.add_argument("--test", help=".jsonl file to report on, if --task is a file")
     add_task_flags(parser)
+    parser.add_argument("--test-docs", help="local file of the documents that a named task reports")
+    parser.add_argument("--search-size", type=positive(int), default=500,
+                        help="documents to search on, at most, for a named task (paper: 500)")
+    parser.add_argument("--paper-splits", action="store_true", help="the paper's literal reading: "
+                        "search on what is reported where the task has no other split (it leaks)")
     parser.add_argument("--max-drop", type=float, default=0.05,
                         help="P_min as a relative drop from the base's score (paper: 0.05)")
     parser.add_argument("--p-min", type=float, help="P_min itself, in place of --max-drop")
@@ -252,13 +259,30 @@ def check_args(args):
         raise UserError(f"--max-drop is a fraction from 0 to 1, not {args.max_drop:g}.")
     if args.p_min is not None and not 0 <= args.p_min <= math.inf:
         raise UserError(f"--p-min is a score, not {args.p_min:g}.")
-    if args.test and args.task in TASKS:
+    task = find_task(args.task, args)
+    check_metric(task, args.metric)
+    if args.test and (task.hub or args.task in DEMO_TASKS):
         raise UserError("--test goes with a --task that is a file; a named task has its own.")
-    check_metric(find_task(args.task, args.test), args.metric)
+    if args.test and file_task(args.test)[0] is not task:
+        raise UserError(f"{args.test} and {args.task} are not items of one kind.")
     out = make_output_dir(args.out)
     if any((out / name).exists() for name in ("distill.json", "config.json")):
         raise UserError(f"{out} already holds something else; give another --out.")
     return out
+
+
+def search_documents(args, task):
+    """{"validation": documents to search on, "test": documents to report on, if there are any}."""
+    if task.hub:
+        search, report, notes = split_docs(task, args.docs, args.test_docs, args.seed,
+                                           args.search_size, args.paper_splits)
+        for note in notes:
+            log(f"{task.name}: {note}")
+        return {"validation": search, "test": report}
+    files = [args.task, args.test]
+    if args.task in DEMO_TASKS:
+        files = [DEMO / f"{args.task}-{split}.jsonl" for split in ("validation", "test")]
+    return {name: file_task(path)[1] for name, path in zip(("validation", "test"), files) if path}
 
 
 def run_search(args, model, tokenizer):
@@ -266,19 +290,18 @@ def run_search(args, model, tokenizer):
     began = time.perf_counter()
     out = check_args(args)
     check_savable(model)
-    task = find_task(args.task, args.test)
+    task = find_task(args.task, args)
     metric, num_layers = check_metric(task, args.metric), len(attention_modules(model))
     given = parse_layers(args.layers, num_layers) if args.layers else None
     mixers = load_blocks(args.blocks, model, given)
-    names = ("validation", "test") if task.splits[1] else ("validation",)
-    splits = {name: prepare(path, task, model, tokenizer, args)
-              for name, path in zip(names, task.splits)}
+    splits = {name: prepare(task, docs, model, tokenizer, args, searched=name == "validation")
+              for name, docs in search_documents(args, task).items()}
     journal = Journal(out / "search.jsonl", {
         "model": fingerprint(model), "blocks": digest([fingerprint(mixers[l]) for l in mixers]),
         "items": {name: split.fingerprint() for name, split in splits.items()}, "metric": metric,
         "dtype": str(model.dtype), "device": model.device.type, "batch_size": args.batch_size,
-        "limit": args.limit, "versions": versions()})
-    scorer = Scorer(model, mixers, splits, metric, journal)
+        "limit": args.limit, "whole": args.whole, "versions": versions()})
+    scorer = Scorer(model, mixers, splits, metric, journal, args.allow_code_execution)
     if given is None:
         with progress(total=num_layers * (num_layers + 1) // 2 + 1, desc="search",
                       unit="eval") as bar:

@@ -4,11 +4,14 @@ Tests on the real 260 K-parameter model and its data need ../shared and skip whe
 """
 
 import copy
+import gzip
+import hashlib
 import importlib
 import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -25,8 +28,12 @@ from safetensors.torch import load_file
 
 import distill
 import eval as evaluation
+import kernels
 import linear_attn
 import replace
+from eval import (
+    CHOICE_FILE, GENERATE_FILE, MBPP_SHOTS, TASKS, draw_shots, file_task, gsm8k_bare, gsm8k_judge,
+    hellaswag_clean, load_docs, mathqa_choices, rouge_l, run_program, split_docs)
 from linear_attn import MIXERS, UserError, attention_modules, swap
 
 ROOT = Path(__file__).parent
@@ -94,6 +101,167 @@ def relative(ours, reference):
 
 def tokens(*shape, seed=0):
     return torch.randint(2, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------
+# kernels.py: the chunkwise forms against the loops that define them, in fp64
+
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
+
+
+def op_inputs(op, T, decay, near_keys=False, K=16, V=24, H=2, B=2):
+    """Random fp64 inputs of an op, its initial state last."""
+    torch.manual_seed(T)
+    k = torch.randn(B, T, H, K)
+    if near_keys:
+        k = k[:, :1] + 1e-3 * k
+    k = F.normalize(k, dim=-1)
+    strongest = -20.0 if op == "gated_delta_rule" else -5.0
+    g = torch.rand(B, T, H, *(() if op == "gated_delta_rule" else (K,)))
+    g = {"mild": -0.3 * g, "none": 0 * g, "strong": 0 * g + strongest,
+         "range": strongest * (0.25 + 0.75 * g), "mixed": torch.where(g < 0.5, strongest, -0.01),
+         "resets": torch.where(g < 0.3, -torch.inf, -0.1)}[decay]
+    beta = [torch.ones(B, T, H) if near_keys else torch.rand(B, T, H)]
+    return [x.double() for x in (torch.randn(B, T, H, K), k, torch.randn(B, T, H, V), g,
+                                 *(beta if op == "gated_delta_rule" else []), torch.randn(B, H, K, V))]
+
+
+def op_results(function, inputs, out_grads):
+    """Outputs, final state and the gradient of every input, as {name: tensor}."""
+    names = ["o", "state", "dq", "dk", "dv", "dg", "dbeta"][:2 + len(inputs) - 1] + ["dstate"]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    grads = torch.autograd.grad(outputs, inputs, [x.to(y) for x, y in zip(out_grads, outputs)])
+    return dict(zip(names, (*outputs, *grads)))
+
+
+def assert_near(results, expected, tolerances, context):
+    for name, tolerance in tolerances.items():
+        x, y = results[name].double(), expected[name].double()
+        error = ((x - y).norm() / y.norm()).item() if y.norm() > 0 else x.norm().item()
+        assert error <= tolerance, f"{name} is off by {error:.1e} > {tolerance:.0e} for {context}"
+
+
+def tolerances(dtype, names):
+    if dtype == torch.float64:
+        return dict.fromkeys(names, 1e-10)
+    return {name: 2e-4 if name == "dg" else 1e-5 for name in names}
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=("fp64", "fp32"))
+@pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
+def test_chunks_equal_the_loop(op, dtype):
+    chunks, loop = getattr(kernels, op), getattr(kernels, op + "_recurrent")
+    cases = [*itertools.product(LENGTHS, ("mild", "none", "strong", "range", "mixed", "resets"), (False,)),
+             *itertools.product((17, 130), ("mild", "none", "strong"), (True,))]
+    for T, decay, near_keys in cases:
+        inputs = [x.to(dtype) for x in op_inputs(op, T, decay, near_keys)]
+        out_grads = torch.randn_like(inputs[2]), torch.randn_like(inputs[-1])
+        results = op_results(chunks, inputs, out_grads)
+        expected = op_results(loop, [x.double() for x in inputs], out_grads)
+        assert_near(results, expected, tolerances(dtype, expected), f"{op} T={T} {decay} near={near_keys}")
+
+
+@pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
+@pytest.mark.parametrize("K,V", ((8, 8), (64, 40), (40, 136), (256, 32)))
+def test_chunks_equal_the_loop_at_other_head_dims(op, K, V):
+    inputs = op_inputs(op, 70, "mixed", K=K, V=V)
+    out_grads = torch.randn_like(inputs[2]), torch.randn_like(inputs[-1])
+    expected = op_results(getattr(kernels, op + "_recurrent"), inputs, out_grads)
+    assert_near(op_results(getattr(kernels, op), inputs, out_grads), expected,
+                tolerances(torch.float64, expected), f"{op} K={K} V={V}")
+
+
+@pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
+def test_many_chunk_groups(op, monkeypatch):
+    """Long sequences are worked through in groups of chunks; here groups of one chunk each."""
+    groups = kernels._groups
+    monkeypatch.setattr(kernels, "_groups", lambda T, C, size: groups(T, C, 2 ** 20))
+    test_chunks_equal_the_loop_at_other_head_dims(op, 16, 24)
+
+
+@pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
+@pytest.mark.parametrize("split", (1, 3, 16, 40, 65))
+def test_a_split_sequence_gives_the_same(op, split):
+    """A prefix, then the rest with the state carried over, backwards through both calls."""
+    function = getattr(kernels, op)
+
+    def in_two(*inputs):
+        *inputs, state = inputs
+        first, state = function(*(x[:, :split] for x in inputs), state)
+        second, state = function(*(x[:, split:] for x in inputs), state)
+        return torch.cat([first, second], 1), state
+
+    inputs = op_inputs(op, 66, "mild")
+    out_grads = torch.randn_like(inputs[2]), torch.randn_like(inputs[-1])
+    expected = op_results(function, inputs, out_grads)
+    assert_near(op_results(in_two, inputs, out_grads), expected, tolerances(torch.float64, expected), split)
+    with torch.no_grad():                                                   # decoding
+        *inputs, state = inputs
+        outputs = []
+        for t in range(66):
+            o, state = function(*(x[:, t:t + 1] for x in inputs), state)
+            outputs.append(o)
+    assert_near({"o": torch.cat(outputs, 1), "state": state}, expected, {"o": 1e-10, "state": 1e-10}, "decoding")
+
+
+def test_dtypes_and_refusals():
+    for op in ("gated_delta_rule", "gated_linear_attention"):
+        *inputs, state = op_inputs(op, 20, "mild")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            x = [y.to(dtype) for y in inputs]
+            with torch.autocast("cpu", dtype=torch.bfloat16):               # must change nothing
+                o, S = getattr(kernels, op)(*x)
+            o2, S2 = getattr(kernels, op + "_recurrent")(*x)
+            assert o.dtype == dtype and S.dtype == (dtype if dtype == torch.float64 else torch.float32)
+            assert torch.allclose(S, S2, atol=1e-5) and torch.allclose(o.float(), o2.float(), atol=1e-2)
+        before = [x.clone() for x in (*inputs, state)]
+        getattr(kernels, op)(*inputs, state)
+        assert all(torch.equal(x, y) for x, y in zip(before, (*inputs, state))), "inputs were changed"
+        with pytest.raises(ValueError, match="g has shape"):
+            getattr(kernels, op)(*inputs[:3], inputs[3][..., :1], *inputs[4:])
+        with pytest.raises(ValueError, match="initial_state has shape"):
+            getattr(kernels, op)(*inputs, state[:, :1])
+        with pytest.raises(ValueError, match="no tokens"):
+            getattr(kernels, op)(*(x[:, :0] for x in inputs))
+
+
+@pytest.mark.parametrize("W", (1, 2, 4))
+@pytest.mark.parametrize("per_token", (False, True), ids=("static", "per-token"))
+@pytest.mark.parametrize("activation", (None, "silu"))
+def test_causal_conv(W, per_token, activation):
+    """Against an einsum over a window, and a split against one call, gradients included."""
+    torch.manual_seed(0)
+    B, T, D = 2, 11, 6
+    x, cache = torch.randn(B, T, D).double(), torch.randn(B, W - 1, D).double()
+    kernel = torch.randn(*((B, T, W, D) if per_token else (W, D))).double()
+
+    def window(x, kernel, cache):
+        x = torch.cat([cache, x], 1)
+        y = torch.einsum("btdw,btwd->btd" if per_token else "btdw,wd->btd", x.unfold(1, W, 1), kernel)
+        return F.silu(y) if activation else y, x[:, T:]
+
+    def in_two(x, kernel, cache, at=2):
+        first, rest = (kernel[:, :at], kernel[:, at:]) if per_token else (kernel, kernel)
+        y, cache = kernels.causal_conv(x[:, :at], first, cache, activation)
+        z, cache = kernels.causal_conv(x[:, at:], rest, cache, activation)
+        return torch.cat([y, z], 1), cache
+
+    def results(function):
+        inputs = [y.clone().requires_grad_() for y in (x, kernel, cache)]
+        y, new_cache = function(*inputs)
+        torch.manual_seed(1)
+        torch.autograd.backward((y, new_cache), [torch.randn(z.shape).double() for z in (y, new_cache)])
+        return [y, new_cache, *(y.grad for y in inputs)]
+
+    expected = results(window)
+    for function in (lambda *xs: kernels.causal_conv(*xs, activation), in_two):
+        for a, b in zip(results(function), expected):
+            assert torch.allclose(a, b, atol=1e-12)
+    y, _ = kernels.causal_conv(x.bfloat16(), kernel.bfloat16(), None, activation)
+    assert y.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="kernel has shape"):
+        kernels.causal_conv(x, kernel[..., :1], None, activation)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -679,7 +847,7 @@ def test_stream_corpus_mixes_by_tokens_and_resumes(lab, tmp_path):
 
 class Letters:
     """A tokenizer of characters, for checks of how a pair is cut."""
-    bos_token_id, eos_token_id = 1, 2
+    bos_token, bos_token_id, eos_token_id = "<s>", 1, 2
 
     def encode(self, text, add_special_tokens=True):
         return [1] * add_special_tokens + [ord(c) for c in text]
@@ -691,34 +859,38 @@ def test_pairs_are_cut_as_the_harness_cuts_them():
     assert cut(Letters(), "ab", " c") == ([1] + tokens_of("ab c"), 2)
     assert cut(Letters(), "ab \n", "c") == ([1] + tokens_of("ab \nc"), 3)
     assert cut(Letters(), "", " c") == ([1] + tokens_of(" c"), 2)
+    assert cut(Letters(), "<s>a", " c") == (tokens_of("<s>a c"), 2)     # no second BOS
+    assert cut(Letters(), "ab", " c", bos=False) == (tokens_of("ab c"), 2)
 
 
 def test_accuracies_by_hand():
     """acc by sums, acc_norm by characters, ties to the first, an empty choice never wins."""
+    score = evaluation.CHOICE_FILE.score
     doc = {"choices": ["aaaa", "b", "cc"], "gold": 0}
-    assert evaluation.choice_score(doc, [-4.0, -3.0, -5.0]) == {"acc": 0.0, "acc_norm": 1.0}
-    assert evaluation.choice_score(dict(doc, gold=1), [-3.0, -3.0, -9.0])["acc"] == 0.0
-    assert evaluation.choice_score({"choices": ["", "b"], "gold": 1}, [-1, -2])["acc_norm"] == 1.0
+    assert score(doc, [-4.0, -3.0, -5.0]) == {"acc": 0.0, "acc_norm": 1.0}
+    assert score(dict(doc, gold=1), [-3.0, -3.0, -9.0])["acc"] == 0.0
+    assert score({"choices": ["", "b"], "gold": 1}, [-1, -2])["acc_norm"] == 1.0
     score = evaluation.Score("acc", [{"acc": 1.0}] * 3 + [{"acc": 0.0}], [])
     assert (score.mean(), score.n) == (0.75, 4)
     assert score.stderr() == pytest.approx(0.25)
 
 
-def prepared(lab, name, batch_size=8, model=None):
+def prepared(lab, name, batch_size=8, model=None, **kwargs):
     model, tokenizer = model or load_lab_model(lab)
-    task = evaluation.find_task(str(lab / f"{name}.jsonl"))
-    return model, evaluation.Prepared(task, evaluation.read_items(lab / f"{name}.jsonl"), model,
-                                      tokenizer, batch_size)
+    task, docs = evaluation.file_task(lab / f"{name}.jsonl")
+    return model, evaluation.Prepared(task, docs, model, tokenizer, batch_size, **kwargs)
 
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_log_likelihoods_equal_the_definition(lab, runs, attn):
-    """Against a plain loop over tokens, one request at a time; any batch size; a hybrid too."""
+    """Against a plain loop over tokens, one request at a time; a hybrid; any batch size; a shared
+    context run once for its choices, or every request run whole."""
     model, split = prepared(lab, "val")
     tokenizer = split.tokenizer
     with replace.replaced(model, distill.load_blocks(str(runs[attn]), model), (0, 2)):
-        by_size = [evaluation.evaluate(model, prepared(lab, "val", size, (model, tokenizer))[1])
-                   for size in (1, 5, 64)]
+        by_size = [evaluation.evaluate(model, prepared(lab, "val", size, (model, tokenizer),
+                                                       whole=whole)[1])
+                   for size in (1, 5, 64) for whole in (False, True)]
         for doc, *outputs in zip(split.docs, *(score.outputs for score in by_size)):
             for i, choice in enumerate(doc["choices"]):
                 ids = tokenizer.encode(doc["context"] + " " + choice)
@@ -730,8 +902,8 @@ def test_log_likelihoods_equal_the_definition(lab, runs, attn):
 
 def test_equal_requests_are_asked_once(lab):
     model, tokenizer = load_lab_model(lab)
-    docs = [{"context": "t1 t2", "choices": ["t3", "t4", "t3"], "gold": 0, "source": "here"}] * 2
-    split = evaluation.Prepared(evaluation.choice_task("x", ()), docs, model, tokenizer, 4)
+    docs = [{"context": "t1 t2", "choices": ["t3", "t4", "t3"], "gold": 0}] * 2
+    split = evaluation.Prepared(evaluation.CHOICE_FILE, docs, model, tokenizer, 4)
     assert len(split.requests) == 2
     score = evaluation.evaluate(model, split)
     assert score.outputs[0][0] == score.outputs[0][2] and score.n == 2
@@ -747,8 +919,7 @@ def test_generation_equals_one_by_one_without_a_cache(lab, runs, attn):
             new = []
             while len(new) < 5 and "t7" not in split.tokenizer.decode(new):
                 new.append(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
-            cut = evaluation.cut_at_stops
-            assert cut(text, ["t7"]) == cut(split.tokenizer.decode(new), ["t7"])
+            assert text.split("t7")[0] == split.tokenizer.decode(new).split("t7")[0]
 
 
 def test_scores_that_are_not_finite_stop(lab):
@@ -779,12 +950,497 @@ def test_base_scores_on_the_real_model():
     """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
     model, tokenizer = evaluation.load_model(str(STORIES))
     for name, acc, acc_norm in (("recall", 1.0, None), ("cloze", 0.4189, 0.5)):
-        path = SHARED / "data" / "stories" / f"{name}-validation.jsonl"
-        split = evaluation.Prepared(evaluation.find_task(str(path)), evaluation.read_items(path),
-                                    model, tokenizer, 32)
-        score = evaluation.evaluate(model, split)
+        task, docs = evaluation.file_task(SHARED / "data" / "stories" / f"{name}-validation.jsonl")
+        score = evaluation.evaluate(model, evaluation.Prepared(task, docs, model, tokenizer, 32))
         assert round(score.mean("acc"), 4) == acc
         assert acc_norm is None or round(score.mean("acc_norm"), 4) == acc_norm
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: the eighteen tasks
+
+CASES = SHARED / "notes" / "harness_cases.json"
+GOLDEN = json.loads(CASES.read_text(encoding="utf-8")) if CASES.exists() else {
+    "cases": [], "functions": {}}
+HARNESS_NAME = {"swde": "swde_v1"}  # the harness's own swde is version 1 by now
+
+
+def sha(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def jsonl(path, docs):
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(doc) + "\n" for doc in docs)
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: what the harness itself produced
+
+@pytest.mark.parametrize("case", GOLDEN["cases"],
+                         ids=lambda case: f"{case['task']}-{case['doc_index']}")
+def test_harness_case(case):
+    task, doc = TASKS[HARNESS_NAME.get(case["task"], case["task"])], case["doc"]
+    task.check(doc)
+    shots = None
+    if "fewshot_docs" in case:  # the draws of the documents before this one come first
+        drawn = draw_shots(task, [{"question": i} for i in range(case["doc_index"])] + [doc],
+                           case["shots"], case["fewshot_docs"])
+        shots = drawn[case["doc_index"]]
+    for got, want in zip(task.requests(doc, shots), case["requests"], strict=True):
+        if "continuation" in want:
+            assert got == (want["context"], want["continuation"])
+            continue
+        prompt, limits = got
+        if want["context"] is None:
+            head = want["context_head_chars"]
+            assert sha(prompt[:head]) == want["context_head_sha256"]
+            assert prompt[head:] == want["context_tail"]
+        else:
+            assert prompt == want["context"]
+        assert limits == {"until": want["gen_kwargs"]["until"],
+                          "max_gen_toks": want["gen_kwargs"].get("max_gen_toks", 256)}
+    if task.choices and not task.contexts:
+        assert task.choices(doc) == case["choices"]
+    for score in case["scores"]:
+        outputs = score.get("lls") or [score["output"]]
+        got = task.score(doc, outputs, allow_code=True)
+        want = {metric + ("," + score["filter"] if task.name == "gsm8k" else ""): value
+                for metric, value in score["metrics"].items()}
+        assert {metric: got[metric] for metric in want} == want
+        assert set(got) == set(want) or task.name == "gsm8k"
+
+
+@needs_shared
+def test_harness_functions():
+    golden = GOLDEN["functions"]
+    for text, want in golden["hellaswag_preprocess"]:
+        assert hellaswag_clean(text) == want
+    for options, want in golden["mathqa_choices"]:
+        assert mathqa_choices({"options": options}) == want
+    for text, values, want in golden["swde_contains"]:
+        assert max(TASKS["swde"].score({"text": "", "value": value}, [text])["contains"]
+                   for value in values) == want
+    for prediction, reference, want in golden["samsum_rouge_l_f"]:
+        assert rouge_l(prediction, reference) == want
+    classes = golden["trec_classification_score"]["all_classes"]
+    for text, gold, want in golden["trec_classification_score"]["cases"]:
+        doc = {"answers": [gold], "all_classes": classes}
+        assert TASKS["TREC"].score(doc, [text])["score"] == want
+    for text, strict, flexible in golden["gsm8k_filters"]:
+        for name, answer in (("strict-match", strict), ("flexible-extract", flexible)):
+            for gold, right in ((answer, 1.0), (answer + "0", 0.0)):
+                got = gsm8k_judge({"answer": f"#### {gold}"}, text)
+                assert got[f"exact_match,{name}"] == right, (text, name)
+    for prediction, reference, want in golden["gsm8k_exact_match"]:
+        assert (gsm8k_bare(prediction) == gsm8k_bare(reference)) == want
+    for lls, lengths, acc, acc_norm in golden["numpy_argmax"]:
+        for gold in (0, 1):
+            doc = {"choices": ["x" * length for length in lengths], "context": "", "gold": gold}
+            assert CHOICE_FILE.score(doc, lls) == {"acc": gold == acc, "acc_norm": gold == acc_norm}
+    for text, stop, want in golden["stop_cut"]:
+        doc = {"prompt": "", "answer": want, "stop": stop}
+        assert GENERATE_FILE.score(doc, [text]) == {"exact_match": 1.0}
+    for draws in ("n_train=7473,k=4, first 6 documents",
+                  "n_train=12,k=4, 4 documents (matches run gsm8k@4shot)"):
+        want = golden["gsm8k_fewshot_indices"][draws]
+        pool = [{"i": i} for i in range(int(draws.split(",")[0].split("=")[1]))]
+        got = draw_shots(TASKS["gsm8k"], [{}] * len(want), 4, pool)
+        assert [[row["i"] for row in shots] for shots in got] == want
+    for shot, want in zip((MBPP_SHOTS[0], MBPP_SHOTS[2]), golden["mbpp_fewshot_samples"]):
+        assert (sha(shot["text"]), sha(shot["code"])) == (want["text_sha256"], want["code_sha256"])
+
+
+@needs_shared
+def test_real_files():
+    task, golden = TASKS["gsm8k"], GOLDEN["gsm8k_real_4shot_hashes"]
+    data = SHARED / "data"
+    train = load_docs(task, "train", str(data / "gsm8k/train.jsonl"))
+    test = load_docs(task, "test", str(data / "gsm8k/test.jsonl"))
+    assert (len(train), len(test)) == (golden["n_train"], golden["n_test"])
+    contexts = [task.requests(doc, shots)[0][0] for doc, shots in zip(
+        test, draw_shots(task, test[:6], 4, train))]
+    assert [sha(context) for context in contexts] == golden["context_sha256_utf8"]
+    search, report, _ = split_docs(task, str(data / "gsm8k/train.jsonl"),
+                                   str(data / "gsm8k/test.jsonl"))
+    assert len(search) == 500 and report == test
+    for doc, shots in zip(search, draw_shots(task, search, 4, train, searched=True)):
+        assert len(shots) == 4 and doc["question"] not in [shot["question"] for shot in shots]
+    search, report, notes = split_docs(
+        TASKS["pubmedqa"], str(data / "pubmedqa/validation.jsonl"),
+        str(data / "pubmedqa/test.jsonl"))
+    assert len(search) == len(report) == 500 and len(notes) == 1
+    search, report, notes = split_docs(TASKS["HE"], str(data / "humaneval/HumanEval.jsonl.gz"))
+    assert (len(search), len(report)) == (82, 82) and "82 documents" in notes[1]
+    solutions = [TASKS["HE"].score(doc, [doc["canonical_solution"]], allow_code=True)
+                 for doc in report[:8]]
+    assert solutions == [{"pass@1": 1.0}] * 8
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: the same quirks on documents of our own, which need no files
+
+HELLASWAG = {"activity_label": "Fixing [substeps]", "ctx_a": "A man  stands.",
+             "ctx_b": "he Looks at NYC [title] end", "label": "2",
+             "endings": ["[step] and sits.", "[x]", "runs   far", "a [title] b"]}
+
+
+def test_hellaswag():
+    requests = TASKS["HS"].requests(HELLASWAG)
+    assert requests[0][0] == "Fixing : A man stands. He looks at nyc. end"
+    assert [continuation for _, continuation in requests] == ["  and sits.", " ", " runs  far",
+                                                              " a. b"]
+    assert TASKS["HS"].score(HELLASWAG, [-9.0, -0.1, -8.0, -9.6]) == {"acc": 0.0, "acc_norm": 1.0}
+
+
+def test_winogrande():
+    task = TASKS["WG"]
+    doc = {"sentence": "Ann likes Eve because _ is kind_ . ", "option1": "Ann", "option2": "Eve",
+           "answer": "2"}
+    assert task.requests(doc) == [("Ann likes Eve because Ann", " is kind_ ."),
+                                  ("Ann likes Eve because Eve", " is kind_ .")]
+    assert task.score(doc, [-1.0, -0.5]) == {"acc": 1.0}
+    last = dict(doc, sentence="She met _")
+    assert task.requests(last)[0] == ("She met Ann", " ")
+    # a shot without a rest has no answer, and the harness then adds no blank line either
+    assert task.requests(doc, [last])[1][0] == "She met EveAnn likes Eve because Eve"
+
+
+def test_mathqa():
+    doc = {"Problem": "p", "options": "a ) rs . 1 , 200 , b ) 2 , c ) 3 , d ) 4 , e ) 5 , ",
+           "correct": "e"}
+    assert [rest for _, rest in TASKS["MathQA"].requests(doc)] == [" rs . 1", " 2", " 3", " 4",
+                                                                  " 5"]
+    short = dict(doc, options="a ) 1 , b ) 2 , c: 3 , d ) 4 , e ) 5")
+    TASKS["MathQA"].check(short)  # four options, the fifth is right: a miss, as in the harness
+    assert TASKS["MathQA"].score(short, [0, 0, 0, 9]) == {"acc": 0.0, "acc_norm": 0.0}
+
+
+def test_other_prompts():
+    mmlu = {"question": " q \n", "choices": ["1", " 2", "3 ", "4"], "answer": 3}
+    assert TASKS["EC"].requests(mmlu, [mmlu])[3] == (
+        "The following are multiple choice questions (with answers) about econometrics.\n\n"
+        "q\nA. 1\nB.  2\nC. 3 \nD. 4\nAnswer: D\n\nq\nA. 1\nB.  2\nC. 3 \nD. 4\nAnswer:", " D")
+    pubmed = {"CONTEXTS": ["a", "b"], "QUESTION": "q", "final_decision": "maybe"}
+    assert TASKS["PM"].requests(pubmed)[2] == ("Abstract: a\nb\nQuestion: q\nAnswer:", " maybe")
+    boolq = {"passage": "", "question": "is it?", "label": 0}
+    assert TASKS["BoolQ"].requests(boolq)[0] == ("\nQuestion: is it??\nAnswer:", " no")
+    obqa = {"question_stem": "42", "choices": {"text": ["x"] * 4, "label": list("ABCD")},
+            "answerKey": " B"}
+    assert TASKS["OBQA"].requests(obqa)[0] == ("42", " x")
+    assert TASKS["OBQA"].score(obqa, [-2, -1, -1, -3]) == {"acc": 1.0, "acc_norm": 1.0}
+    gsm8k = {"question": "q", "answer": "<<1+1=2>>2\n#### 2"}
+    assert TASKS["gsm8k"].requests(gsm8k, [gsm8k])[0][0] == (
+        "Question: q\nAnswer: <<1+1=2>>2\n#### 2\n\nQuestion: q\nAnswer:")
+    mbpp = {"text": "t", "code": "c", "test_list": ["a", "b", "c", "d"]}
+    assert TASKS["mbpp"].requests(mbpp, [mbpp])[0][0].endswith(
+        "a\nb\nc\n[BEGIN]\nc\n[DONE]\n\nYou are an expert Python programmer, and here is your task:"
+        " t Your code should pass these tests:\n\na\nb\nc\n[BEGIN]\n")
+
+
+def test_swde_versions():
+    doc = {"text": "City:\n", "value": "Rome "}
+    assert TASKS["swde"].requests(doc)[0][0] == "City:\n"
+    assert TASKS["swde_v1"].requests(doc)[0][0] == "City:"
+    assert TASKS["swde"].score(doc, ["in rome"]) == {"contains": 0}
+    assert TASKS["swde_v1"].score(doc, ["in rome"]) == {"contains": 1}
+
+
+def test_scores_of_texts():
+    gsm8k = {"question": "q", "answer": "#### 1,200."}
+    assert TASKS["gsm8k"].score(gsm8k, ["so $1,200. Question: 7"]) == {
+        "exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
+    assert TASKS["gsm8k"].score(gsm8k, ["#### 1200 or 3"]) == {
+        "exact_match,strict-match": 1.0, "exact_match,flexible-extract": 0.0}
+    samsum = {"answers": ["Ann and Bob meet. They eat."]}
+    assert TASKS["SAMSum"].score(samsum, ["\nAnn and Bob meet."])["rouge_score"] == 0.0
+    assert TASKS["SAMSum"].score(samsum, [" They eat. Ann and Bob meet.\nx"])["score"] == \
+        0.999999995
+    trec = {"answers": ["Number"], "all_classes": ["Num", "N", "Number", "Date"]}
+    # `Num` goes, so `N` is skipped and stays beside `Number`
+    assert TASKS["TREC"].score(trec, ["Number"])["classification_score"] == 0.5
+
+
+def test_ties_and_nan():
+    doc = {"context": "c", "choices": ["a", "bb"], "gold": 0}
+    assert CHOICE_FILE.score(doc, [-1.0, -1.0]) == {"acc": 1.0, "acc_norm": 0.0}
+    assert CHOICE_FILE.score(doc, [float("nan"), -1.0]) == {"acc": 1.0, "acc_norm": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: documents
+
+def test_names():
+    assert len(TASKS) == 19
+    for name in "ArcC ArcE BQ CQ HS OBA PIQA WG GSM8K MQ HE MBPP SWDE SAMSum TREC EC MK PM".split():
+        assert len(TASKS[name].paper) == 3
+    assert TASKS["arcc"] is TASKS["arc_challenge"]
+    with pytest.raises(UserError, match="arc_challenge"):
+        TASKS["arc"]
+
+
+ARC_DOC = {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+
+
+@pytest.mark.parametrize("name, doc", [
+    ("arc_easy", dict(ARC_DOC, answerKey="C")), ("boolq", {"passage": "", "question": "",
+                                                           "label": -1}),
+    ("hellaswag", dict(HELLASWAG, label="")), ("pubmedqa", {"CONTEXTS": [], "QUESTION": "",
+                                                            "final_decision": "perhaps"}),
+    ("gsm8k", {"question": "q", "answer": "five"}),
+    ("winogrande", {"sentence": "_", "option1": "a", "option2": "b", "answer": ""}),
+    ("humaneval", {"prompt": "", "test": "def check(:", "entry_point": "f"}),
+    ("longbench_samsum", {"context": "", "question": "", "answers": []}),
+    ("mbpp", {"text": "", "code": "", "test_list": ["assert f()"]})])
+def test_bad_gold_names_the_document(tmp_path, name, doc):
+    good = {"arc_easy": [ARC_DOC]}.get(name, [])
+    path = jsonl(tmp_path / "docs.jsonl", good + [doc])
+    with pytest.raises(UserError, match=f"docs.jsonl line {len(good) + 1}: "):
+        load_docs(TASKS[name], "test", path)
+
+
+@pytest.mark.parametrize("line, why", [
+    ('{"context": "c", "choices": ["a"], "gold": 0}', "two or more"),
+    ('{"context": "c", "choices": ["a", "b"], "gold": 2}', "gold answer is 2"),
+    ('{"context": "c", "choices": ["a", "b"], "gold": true}', "gold answer is True"),
+    ('{"context": "c", "choices": ["a", 1], "gold": 0}', "not a document"),
+    ('{"context": "c", "choices": ["a", "b"]}', "'gold'"), ("[1]", "not a JSON object"),
+    ("{", "not a JSON object"), ('{"prompt": "p", "answer": 5}', "not a text"),
+    ('{"prompt": "p", "answer": "5", "stop": "x"}', "list of texts"),
+    ('{"prompt": "p", "answer": "5", "max_tokens": 0}', "positive"), ("", "no documents")])
+def test_bad_items(tmp_path, line, why):
+    (tmp_path / "items.jsonl").write_text(line)
+    with pytest.raises(UserError, match=why):
+        file_task(str(tmp_path / "items.jsonl"))
+
+
+def test_item_files(tmp_path):
+    items = [{"context": "c", "choices": ["a", "b"], "gold": 1}]
+    task, docs = file_task(jsonl(tmp_path / "choices.jsonl.gz", items))
+    assert task is CHOICE_FILE and task.requests(docs[0]) == [("c", " a"), ("c", " b")]
+    items = [{"prompt": "p", "answer": " 5", "stop": [";"], "max_tokens": 9}]
+    task, docs = file_task(jsonl(tmp_path / "answers.jsonl", items))
+    assert task is GENERATE_FILE
+    assert task.requests(docs[0]) == [("p", {"until": [";"], "max_gen_toks": 9})]
+    assert task.score(docs[0], [" 5 ; 6"]) == {"exact_match": 1.0}
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    for name in ("binary.jsonl", "none.jsonl", "none.parquet"):
+        with pytest.raises(UserError, match="cannot read"):
+            file_task(str(tmp_path / name))
+
+
+def test_parquet(tmp_path):
+    import datasets
+    path = str(tmp_path / "arc.parquet")
+    datasets.Dataset.from_list([ARC_DOC] * 3).to_parquet(path)
+    assert load_docs(TASKS["ArcE"], "test", path) == [ARC_DOC] * 3
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that makes up GSM8K-, BoolQ- and ARC-like splits; `asked` lists what was loaded."""
+    import datasets
+    sizes, asked = {"train": 900, "validation": 60, "test": 40, "train+validation": 960}, []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"question": f"{split} {i}", "answer": "#### 1", "passage": "", "label": 0,
+                 "prompt": f"{i}", "test": "", "entry_point": "f", **{
+                     key: ARC_DOC[key] for key in ("choices", "answerKey")}}
+                for i in range(sizes[split])]
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_search_is_never_what_is_reported(hub):
+    search, report, notes = split_docs(TASKS["boolq"])  # the harness scores validation
+    assert {doc["question"].split()[0] for doc in search} == {"train"} and len(search) == 500
+    assert len(report) == 60 and report[7]["question"] == "validation 7"
+    assert search == split_docs(TASKS["boolq"])[0] != split_docs(TASKS["boolq"], seed=1)[0]
+    order = [int(doc["question"].split()[1]) for doc in search]
+    assert order == sorted(order)
+    assert hub[:2] == [("aps/super_glue", "boolq", "train"),
+                       ("aps/super_glue", "boolq", "validation")]
+    search, report, notes = split_docs(TASKS["ArcE"])
+    assert (len(search), len(report)) == (60, 40) and "1.7 points" in notes[1]
+    search, report, notes = split_docs(TASKS["HE"], size=15)
+    assert (len(search), len(report)) == (15, 20)
+    assert not {doc["prompt"] for doc in search} & {doc["prompt"] for doc in report}
+    assert split_docs(TASKS["gsm8k"], size=50)[0][0]["question"].startswith("train")
+
+
+def test_paper_splits_leak_and_say_so(hub):
+    for name, size in (("boolq", 60), ("HE", 40)):
+        search, report, notes = split_docs(TASKS[name], paper_splits=True)
+        assert search == report and len(report) == size and "leaks" in notes[0]
+    for name in ("ArcE", "gsm8k"):  # the paper's reading of these does not leak
+        assert split_docs(TASKS[name], paper_splits=True) == split_docs(TASKS[name])
+
+
+def test_documents_in_both_files(tmp_path):
+    docs = [{"passage": "", "question": str(i), "label": 0} for i in range(300)]
+    one = jsonl(tmp_path / "one.jsonl", docs[:200])
+    two = jsonl(tmp_path / "two.jsonl", docs[150:])
+    search, report, notes = split_docs(TASKS["boolq"], one, two)
+    assert search == docs[:150] and len(report) == 150 and "50" in notes[1]
+    with pytest.raises(UserError, match="also reported"):
+        split_docs(TASKS["boolq"], one, one)
+
+
+def test_shots():
+    pool = [{"question": str(i), "answer": "#### 1"} for i in range(6)]
+    random_state = random.getstate()
+    shots = draw_shots(TASKS["gsm8k"], pool, 4, pool, searched=True)
+    assert random.getstate() == random_state
+    draw = random.Random(1234)
+    for doc, mine in zip(pool, shots):
+        assert mine == [row for row in draw.sample(pool, 5) if row != doc][:4]
+    twins = pool + [dict(pool[0], source="copy")]
+    for mine in draw_shots(TASKS["gsm8k"], [pool[0]] * 20, 5, twins, searched=True):
+        assert len(mine) == 5 and "0" not in [row["question"] for row in mine]
+    assert draw_shots(TASKS["MK"], pool, 2, pool) == [pool[:2]] * 6
+    assert draw_shots(TASKS["mbpp"], [{}], 2, None) == [list(MBPP_SHOTS[:2])]
+    for name, k in (("HE", 1), ("mbpp", 4), ("gsm8k", 7)):
+        with pytest.raises(UserError, match="shots cannot"):
+            draw_shots(TASKS[name], pool, k, None if name == "HE" else pool)
+
+
+def test_no_hub(monkeypatch):
+    import datasets
+
+    def gated(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it\nand more")
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(UserError) as caught:
+        load_docs(TASKS["PM"], "test")
+    told = str(caught.value)
+    assert "\n" not in told
+    for word in ("bigbio/pubmed_qa", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
+        assert word in told
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: generated programs
+
+HOSTILE = {
+    "fork bomb": "import posix\nwhile True:\n    try: posix.fork()\n    except OSError: pass",
+    "endless loop": "while True: pass",
+    "deaf": "import signal\nfor i in range(1, 65):\n    try: signal.signal(i, signal.SIG_IGN)\n"
+            "    except (OSError, ValueError): pass\nwhile True: pass",
+    "10 GB": "bytearray(10 * 2**30)",
+    "10 GB, bit by bit": "x = []\nwhile True: x.append(bytearray(2**26))",
+    "1 GB printed": "for _ in range(1024): print('x' * 2**20)",
+    "1 GB to stderr": "import os\nfor _ in range(1024):\n    try: os.write(2, b'x' * 2**20)\n"
+                      "    except OSError: pass",
+    "1 GB file": "with open('big', 'wb') as file:\n"
+                 "    for _ in range(1024): file.write(bytes(2**20))",
+    "kill parent": "import os; os.kill(os.getppid(), 9)",
+    "kill parent, really": "import posix; posix.kill(posix.getppid(), 9)",
+    "kill all": "import os; os.kill(-1, 9)",
+    "kill all, really": "import posix; posix.kill(-1, 9)",
+    "rmtree": "import shutil; shutil.rmtree({home!r})",
+    "unlink, really": "import posix; posix.unlink({home!r} + '/planted')",
+    "truncate": "open({home!r} + '/planted', 'w')",
+    "own home": "import os; os.listdir(os.path.expanduser('~'))[0]",
+    "stdin": "input()",
+    "stdin, really": "import os; os.read(0, 1)",
+    "exit": "import sys; sys.exit(0)",
+    "exit, really": "import os; os._exit(0)",
+    "network": "import socket; socket.socket()",
+    "environment": "import os; os.environ['PLANTED']",
+    "descriptors": "import os; os.fstat({fd})",
+}
+
+
+def fenced_processes():
+    found = subprocess.run(["grep", "-lsa", "def with_namespaces", *(
+        str(path) for path in Path("/proc").glob("[0-9]*/cmdline"))], capture_output=True,
+        text=True)
+    return [path for path in found.stdout.split() if "/self/" not in path
+            and path != f"/proc/{os.getpid()}/cmdline"]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in (
+    "x86_64", "aarch64"), reason="the fence needs Linux on x86-64 or ARM")
+
+
+@linux
+@pytest.mark.parametrize("namespaces", [True, False])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_program(tmp_path, monkeypatch, name, namespaces):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "planted").write_text("precious")
+    for path in (tmp_path, *tmp_path.parents[:3]):  # nothing but the fence protects the file
+        if path.name.startswith(("test_", "pytest-")):
+            path.chmod(0o755)
+    home.chmod(0o777)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PLANTED", "1")
+    bystander = subprocess.Popen(["sleep", "60"])
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    high = os.dup2(writer, 200)
+    try:
+        program = HOSTILE[name].format(home=str(home), fd=high)
+        verdict = run_program(program, seconds=1.0, namespaces=namespaces)
+        assert not verdict.passed and verdict.reason and verdict.fence, verdict
+        assert bystander.poll() is None
+        assert (home / "planted").read_text() == "precious"
+        assert run_program("import typing; assert 1", namespaces=namespaces).passed
+    finally:
+        bystander.kill()
+        bystander.wait()
+        for fd in (reader, writer, high):
+            os.close(fd)
+
+
+@linux
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_nothing_survives(namespaces):
+    before = fenced_processes()
+    program = ("import os, posix, time\n"
+               "for _ in range(3):\n"
+               "    if posix.fork() == 0:\n"
+               "        try: os.setsid()\n"
+               "        except OSError: pass\n"
+               "        if posix.fork(): posix._exit(0)\n"
+               "        time.sleep(300)\n"
+               "time.sleep(0.2)\n")
+    start = time.time()
+    assert run_program(program, seconds=20.0, namespaces=namespaces).passed
+    assert time.time() - start < 10
+    assert fenced_processes() == before
+
+
+@linux
+def test_fence_keeps_what_programs_need():
+    assert run_program("import os\nopen('x', 'w').write('y')\nassert open('x').read() == 'y'\n"
+                       "open(os.devnull, 'w').write('z')\nprint('hello')\n"
+                       "assert __name__ == 'builtins'\nassert len(os.environ['HOME']) > 3").passed
+    assert run_program("import numpy, decimal, json.tool\nassert numpy.ones(3).sum() == 3").passed
+    assert run_program("x = '\\ud800'").passed and not run_program("x = '\ud800'").passed
+    assert "namespaces" in evaluation.fence()
+
+
+def test_code_needs_permission():
+    doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
+    for task, item in ((TASKS["HE"], doc), (TASKS["mbpp"], MBPP_SHOTS[0])):
+        with pytest.raises(UserError, match="--allow-code-execution"):
+            task.score(item, ["    return 1"])
+
+
+@linux
+def test_code_scores():
+    doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
+    text = "    return 1\n\nprint(f())"
+    assert TASKS["HE"].score(doc, [text], allow_code=True) == {"pass@1": 1.0}
+    assert TASKS["HE"].score(doc, ["    return 2"], allow_code=True) == {"pass@1": 0.0}
+    shot = MBPP_SHOTS[1]
+    assert TASKS["mbpp"].score(shot, [shot["code"] + "\n[DONE] x"], allow_code=True) == {
+        "pass_at_1": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1007,8 +1663,8 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the 
     "two mixers": ("replace", dict(blocks="{run},{lab}/gla"), "different mixers"),
     "missing layer": ("replace", dict(blocks="{tmp}/partial"), "layer 0"),
     "foreign tensors": ("replace", dict(blocks="{tmp}/foreign"), "does not hold a gdn module"),
-    "empty task": ("replace", dict(task="{tmp}/empty.jsonl"), "empty"),
-    "binary task": ("replace", dict(task="{tmp}/binary.jsonl"), "text file"),
+    "empty task": ("replace", dict(task="{tmp}/empty.jsonl"), "no documents"),
+    "binary task": ("replace", dict(task="{tmp}/binary.jsonl"), "cannot read"),
     "broken task": ("replace", dict(task="{tmp}/broken.jsonl"), "line 2"),
     "one choice": ("eval", dict(task="{tmp}/one.jsonl"), "line 2"),
     "gold out of range": ("eval", dict(task="{tmp}/range.jsonl"), "line 2"),
@@ -1018,6 +1674,11 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the 
     "test of another kind": ("replace", dict(test="{lab}/generate.jsonl"), "one kind"),
     "no text column": ("distill", dict(text_column="body"), "columns: text"),
     "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "no such file"),
+    "no such task file": ("eval", dict(task="{tmp}/none.jsonl"), "cannot read"),
+    "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
+    "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
+    "shots of a file": ("eval", dict(shots=2), "named task"),
+    "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
     "corpus too short": ("distill", dict(data="{tmp}/short.jsonl"), "two"),
     "no such dataset": ("distill", dict(data="no-such/dataset"), "no-such/dataset"),
     "bad weight": ("distill", dict(data="a/b@none"), "weight"),
@@ -1031,7 +1692,7 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the 
     "layers not numbers": ("replace", dict(layers="a,b"), "numbers"),
     "layers backwards": ("distill", dict(layers="3-1"), "out of range"),
     "unknown mixer": ("distill", dict(attn="mamba"), "invalid choice"),
-    "unknown task": ("replace", dict(task="nothing"), "unknown task"),
+    "unknown task": ("replace", dict(task="nothing"), "no task 'nothing'"),
     "unknown metric": ("eval", dict(metric="f1"), "no metric f1"),
     "negative tokens": ("distill", dict(tokens=-5), "positive"),
     "negative batch": ("eval", dict(batch_size=-1), "positive"),
