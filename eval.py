@@ -20,6 +20,7 @@ import argparse
 import ast
 import builtins
 import contextlib
+import copy
 import ctypes
 import functools
 import gzip
@@ -1007,8 +1008,8 @@ class Prepared:
     """A task's documents, tokenised once and cut into fixed batches, to be scored many times.
 
     Equal requests are asked once. Requests of one document that begin alike form a group, unless
-    `whole`. Batches are cut from the groups sorted by length, longest first, so that what does
-    not fit into memory fails at once, and are the same for every model.
+    `whole`. `batches` are lists of groups, cut from all groups sorted by length, longest first,
+    so that what does not fit into memory fails at once; they are the same for every model.
     """
 
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
@@ -1028,7 +1029,7 @@ class Prepared:
             self.of_doc.append(mine)
             self.groups += self._grouped(new, whole or task.generates)
         self.groups.sort(key=lambda group: -len(group.prefix))
-        self.batches = list(self._batches(batch_size))
+        self.batch_size, self.batches = batch_size, slices(self.groups, batch_size)
 
     def _request(self, ask, doc, limit):
         """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
@@ -1065,20 +1066,14 @@ class Prepared:
         last = None if self.task.generates else -1      # the last token is scored, not read
         return [Group(self.requests[i].tokens[:last], [i]) for i in members]
 
-    def _batches(self, size):
-        batch, rows = [], 0
-        for group in self.groups:
-            if batch and rows + len(group.members) > size:
-                yield batch
-                batch, rows = [], 0
-            batch.append(group)
-            rows += len(group.members)
-        if batch:
-            yield batch
-
     def fingerprint(self):
         return digest(self.task.name, self.docs, [request.key() for request in self.requests],
                       [[(group.prefix, group.members) for group in b] for b in self.batches])
+
+
+def slices(rows, size):
+    """Cut a list into lists of `size`."""
+    return [rows[i: i + size] for i in range(0, len(rows), size)]
 
 
 @contextlib.contextmanager
@@ -1133,12 +1128,13 @@ class Sums:
 
 
 @torch.no_grad()
-def batch_log_likelihoods(model, requests, groups):
+def batch_log_likelihoods(model, requests, groups, batch_size):
     """{request: summed log-probability of its scored tokens} for a batch of groups.
 
     First every group's prefix is run once. Its last position gives the first token of every
     member, which is all that single-token choices need. Then the members' remaining tokens are
-    run together, each row going on from a copy of its group's keys, values and states.
+    run, sorted by length, `batch_size` at a time, each row going on from a copy of its group's
+    keys, values and states.
     """
     tails = [(row, i, requests[i].tokens[len(group.prefix):])
              for row, group in enumerate(groups) for i in group.members if len(group.members) > 1]
@@ -1161,15 +1157,16 @@ def batch_log_likelihoods(model, requests, groups):
     log_probs = read(model, ids, scored, cache, real if masked else None,
                      (real.cumsum(1) - 1).clamp(min=0))
     sums.add(log_probs, numbered(asked, scored))
-    if going_on:
-        score_tails(model, requests, going_on, cache, real if masked else None, sums)
+    going_on.sort(key=lambda tail: -len(tail[2]))
+    for tails in slices(going_on, batch_size):
+        score_tails(model, requests, tails, cache, real if masked else None, sums)
     return sums.of
 
 
 def score_tails(model, requests, tails, cache, prefix_mask, sums):
     """Second half of batch_log_likelihoods: tails are (row of the prefix, request, tokens)."""
     rows = torch.tensor([row for row, _, _ in tails])
-    cache.batch_select_indices(rows.to(model.device))
+    cache = forked(cache, rows.to(model.device))
     ids, real = pad([tokens[:-1] for _, _, tokens in tails], left=False)
     scored, asked = torch.zeros_like(real), []
     for row, (_, i, tokens) in enumerate(tails):
@@ -1182,6 +1179,14 @@ def score_tails(model, requests, tails, cache, prefix_mask, sums):
         mask = torch.cat([prefix, torch.ones_like(real)], dim=1)            # [R, P + T]
         positions = prefix.sum(1, keepdim=True) + torch.arange(ids.shape[1])
     sums.add(read(model, ids, scored, cache, mask, positions), numbered(asked, scored))
+
+
+def forked(cache, rows):
+    """A cache with copies of the given rows, which leaves `cache` as it is."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    fork.batch_select_indices(rows)
+    return fork
 
 
 def numbered(asked, scored):
@@ -1505,7 +1510,7 @@ def answer_batch(model, prepared, batch):
     """{request: summed log-likelihood, or text} for one batch of groups."""
     if prepared.task.generates:
         return batch_generate(model, prepared.tokenizer, prepared.requests, batch)
-    return batch_log_likelihoods(model, prepared.requests, batch)
+    return batch_log_likelihoods(model, prepared.requests, batch, prepared.batch_size)
 
 
 def judge(prepared, outputs, metric, layers, allow_code=False):
