@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eval import (
-    DEMO, ArgumentParser, UserError, add_model_flags, attention_modules, digest, fingerprint,
-    finish, load_model, log, make_demo, make_output_dir, max_length, parse_layers, positive,
-    progress, read_docs, run_script, versions, write_atomic, write_json)
+    DEMO, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, digest, fingerprint,
+    finish, gather, join_ranks, load_model, lock_dir, log, make_demo, make_output_dir, max_length,
+    parse_layers, positive, progress, rank, read_docs, run_script, versions, world_size,
+    write_atomic, write_json)
 from linear_attn import MIXERS
 
 PAPER_MIX = "nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,zjsd/RedStone-QA-oq@0.25"
@@ -279,24 +280,26 @@ def make_mixers(model, attn, layers, init, seed):
 
 
 @torch.no_grad()
-def closed_form_start(model, mixers, batches):
+def closed_form_start(model, mixers, batches, share_batch=False):
     """Set every module's o_proj to the ridge regression of the teacher's attention outputs on the
     module's own head outputs: what it computes is linear in o_proj, so this is the best o_proj
-    for its present features."""
+    for its present features. With `share_batch` every rank has a part of the batches."""
     normal = {}         # layer -> [X^T X | X^T Y], summed over tokens
 
     def visit(layer, hidden_states, target):
         with student_precision(model):
-            features = mixers[layer].head_outputs(hidden_states).flatten(0, 1).float()   # [N, F]
-        target = target.flatten(0, 1).float()                                            # [N, C]
+            features = mixers[layer].head_outputs(hidden_states).flatten(0, 1).double()  # [N, F]
+        target = target.flatten(0, 1).double()                                           # [N, C]
         if mixers[layer].o_proj.bias is not None:
             features = F.pad(features, (0, 1), value=1.0)
-        products = (features.T @ torch.cat([features, target], dim=1)).double()
+        products = features.T @ torch.cat([features, target], dim=1)
         normal[layer] = normal.get(layer, 0) + products
 
     for batch in batches:
         teacher_forward(model, batch, list(mixers), visit)
     for layer, products in normal.items():
+        if share_batch:
+            add_up(products)
         gram, moment = products.split([products.shape[0], products.shape[1] - products.shape[0]], 1)
         ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
         solution = torch.linalg.solve(gram + ridge, moment).T.float()       # [C, F (+ 1)]
@@ -307,9 +310,10 @@ def closed_form_start(model, mixers, batches):
 
 
 @torch.no_grad()
-def held_out_error(model, mixers, chunks, batch_size):
+def held_out_error(model, mixers, chunks, batch_size, share_batch=False):
     """{layer: {"mse", "relative_mse", "cosine"}} on held-out chunks [N, T]. Relative: over the
-    variance of the target over all elements. Cosine: mean over tokens."""
+    variance of the target over all elements. Cosine: mean over tokens. With `share_batch` the
+    ranks take turns with the batches."""
     sums = {layer: torch.zeros(5, dtype=torch.float64) for layer in mixers}
 
     def visit(layer, hidden_states, target):
@@ -321,10 +325,12 @@ def held_out_error(model, mixers, chunks, batch_size):
                                     target.square().sum(), cosine.sum(),
                                     torch.tensor(float(target.numel()))]).cpu()
 
-    for batch in chunks.split(batch_size):
+    for batch in chunks.split(batch_size)[rank() if share_batch else 0::
+                                          world_size() if share_batch else 1]:
         teacher_forward(model, batch, list(mixers), visit)
     errors = {}
-    for layer, (squares, total, total_squares, cosine, count) in sums.items():
+    for layer, parts in sums.items():
+        squares, total, total_squares, cosine, count = add_up(parts) if share_batch else parts
         mse, variance = squares / count, total_squares / count - (total / count) ** 2
         tokens = count / model.config.get_text_config(decoder=True).hidden_size
         errors[layer] = {"mse": mse.item(), "relative_mse": (mse / variance).item(),
@@ -352,9 +358,20 @@ def make_optimizers(mixers):
                                      fused=True) for layer, mixer in mixers.items()}
 
 
-def train_step(model, mixers, optimizers, batch, lr):
+def average_over_ranks(mixer, loss):
+    """The mean over all ranks of a layer's gradients and of its loss, in one exchange."""
+    gradients = [parameter.grad for parameter in mixer.parameters()]
+    flat = torch.cat([loss.detach().view(1), *(g.flatten() for g in gradients)])
+    loss, *means = add_up(flat).div_(world_size()).split([1, *(g.numel() for g in gradients)])
+    for gradient, mean in zip(gradients, means):
+        gradient.copy_(mean.view_as(gradient))
+    return loss[0]
+
+
+def train_step(model, mixers, optimizers, batch, lr, share_batch=False):
     """One step of every layer on one batch [B, T] -> {layer: loss}. At each attention module its
-    student runs forward, backward and updates before the teacher goes on."""
+    student runs forward, backward and updates before the teacher goes on. With `share_batch`,
+    `batch` is this rank's part of the step's."""
     losses = {}
 
     def distill_layer(layer, hidden_states, target):
@@ -364,6 +381,8 @@ def train_step(model, mixers, optimizers, batch, lr):
                 output = mixer(hidden_states)[0]
             loss = F.mse_loss(output.float(), target.float())       # L_l = MSE(O_full, O_linear)
             loss.backward()
+        if share_batch:
+            loss = average_over_ranks(mixer, loss)
         torch.nn.utils.clip_grad_norm_(mixer.parameters(), CLIP)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -375,7 +394,8 @@ def train_step(model, mixers, optimizers, batch, lr):
 
 
 def check_finite(losses, step):
-    values = torch.stack(list(losses.values())).cpu()
+    first, *_ = losses.values()
+    values = torch.stack([loss.to(first.device) for loss in losses.values()]).cpu()
     if not values.isfinite().all():
         layer = list(losses)[int((~values.isfinite()).nonzero()[0])]
         raise FloatingPointError(f"the loss of layer {layer} is not finite at step {step}; try a "
@@ -390,47 +410,61 @@ def layer_file(out, layer):
     return Path(out) / f"layer_{layer:03d}.safetensors"
 
 
-def save_tensors(path, tensors, metadata=None):
+def save_tensors(path, tensors):
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomic(path, lambda p: save_file(tensors, p, metadata))
+    write_atomic(path, lambda p: save_file(tensors, p))
 
 
-def load_tensors(path):
+def load_tensors(path, prefixes=""):
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
 
 
 def save_checkpoint(out, step, mixers, optimizers, progress_so_far):
-    """Weights and both Adam moments of every layer, in one file; the stream of batches follows
-    from the step."""
-    tensors = {}
+    """Weights and both Adam moments of the layers that this rank keeps (`mixers`), then, when every
+    rank's are on disk, the step in checkpoint.json, which makes them count. The stream of batches
+    follows from the step."""
+    name, tensors = f"checkpoint-{step}-{rank()}.safetensors", {}
     for layer, mixer in mixers.items():
         state = optimizers[layer].state
-        for name, parameter in mixer.named_parameters():
-            tensors[f"{layer}.{name}"] = parameter
+        for key, parameter in mixer.named_parameters():
+            tensors[f"{layer}.{key}"] = parameter
             for moment in ("exp_avg", "exp_avg_sq"):
                 if parameter in state:
-                    tensors[f"{layer}.{name}.{moment}"] = state[parameter][moment]
-    save_tensors(out / "checkpoint.safetensors", tensors,
-                 {"step": str(step), "progress": json.dumps(progress_so_far)})
+                    tensors[f"{layer}.{key}.{moment}"] = state[parameter][moment]
+    if tensors:
+        save_tensors(out / name, tensors)
+    files = [file for file in gather(name if tensors else None) if file]
+    if rank() == 0:
+        write_json(out / "checkpoint.json",
+                   {"step": step, "progress": progress_so_far, "files": files})
+        remove_checkpoints(out, files)
+
+
+def remove_checkpoints(out, but=()):
+    for path in out.glob("checkpoint-*.safetensors"):
+        if path.name not in but:
+            path.unlink()
 
 
 @torch.no_grad()
 def load_checkpoint(out, mixers, optimizers):
     """Restore what save_checkpoint saved -> (step, progress), or None where nothing was."""
-    if not (out / "checkpoint.safetensors").exists():
+    if not (out / "checkpoint.json").exists():
         return None
-    tensors, metadata = load_tensors(out / "checkpoint.safetensors")
-    step = int(metadata["step"])
+    saved = json.loads((out / "checkpoint.json").read_text())
+    tensors = {}
+    for file in saved["files"]:
+        tensors |= load_tensors(out / file, tuple(f"{layer}." for layer in mixers))
     for layer, mixer in mixers.items():
         for name, parameter in mixer.named_parameters():
             parameter.copy_(tensors[f"{layer}.{name}"])
-            if step:
+            if saved["step"]:
                 optimizers[layer].state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
+                    "step": torch.tensor(float(saved["step"]), device=parameter.device),
                     **{m: tensors[f"{layer}.{name}.{m}"].to(parameter.device)
                        for m in ("exp_avg", "exp_avg_sq")}}
-    return step, json.loads(metadata["progress"])
+    return saved["step"], saved["progress"]
 
 
 def read_run(out):
@@ -443,6 +477,7 @@ def open_run(args, settings):
     """Make or reopen the run directory -> (path, its record). Raises UserError where it holds
     another run, or this one without --resume."""
     out = make_output_dir(args.out)
+    lock_dir(out)
     record = read_run(out)
     if record is None:
         if any((out / name).exists() for name in ("config.json", "result.json", "search.jsonl")):
@@ -476,11 +511,12 @@ def load_blocks(runs, model, layers=None):
         record = records[run]
         mixer = MIXERS[record["attn"]](attention[layer], model.config, layer, record["init"])
         try:
-            mixer.load_state_dict(load_tensors(layer_file(run, layer))[0])
+            mixer.load_state_dict(load_tensors(layer_file(run, layer)))
         except (RuntimeError, SafetensorError):
             raise UserError(f"{layer_file(run, layer)} does not hold a {record['attn']} module "
                             f"for layer {layer} of this model.")
-        mixers[layer] = mixer.to(model.device, model.dtype).eval().requires_grad_(False)
+        device = next(attention[layer].parameters()).device
+        mixers[layer] = mixer.to(device, model.dtype).eval().requires_grad_(False)
     return mixers
 
 
@@ -507,9 +543,12 @@ class Log:
                 with_step = json.loads(line) if line.endswith("}") else {"step": math.inf}
                 if with_step["step"] <= keep_until_step:
                     rows.append(line + "\n")
-        write_atomic(path, lambda p: p.write_text("".join(rows)))
+        if rank() == 0:
+            write_atomic(path, lambda p: p.write_text("".join(rows)))
 
     def write(self, **row):
+        if rank() > 0:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -537,44 +576,64 @@ def peak_memory(device):
 # ------------------------------------------------------------------------------------------------
 # The whole of phase 1
 
+def merged(by_layer):
+    """{layer: value} of all ranks' layers."""
+    parts = gather(by_layer)
+    return {layer: part[layer] for layer in sorted(set().union(*parts))
+            for part in [next(p for p in parts if layer in p)]}
+
+
+def batches_of_rank(corpus, args, first_step, share_batch):
+    """The batches from a step on; with `share_batch` this rank's part of each."""
+    for batch in corpus.batches(args.batch_size, first_step):
+        yield batch[rank()::world_size()] if share_batch else batch
+
+
 def distill(model, corpus, args, out, layers):
-    """Train the modules of `layers`, with checkpoints -> (mixers, what to record)."""
+    """Train the modules of `layers`, with checkpoints -> (mixers of this rank, what to record)."""
     steps = max(1, args.tokens // (args.batch_size * args.seq_len))
-    mixers = make_mixers(model, args.attn, layers, args.init, args.seed)
+    share_batch = args.shard == "batch" and world_size() > 1
+    own = layers if args.shard == "batch" else layers[rank()::world_size()]
+    mixers = make_mixers(model, args.attn, own, args.init, args.seed)
     optimizers = make_optimizers(mixers)
+    kept = {} if share_batch and rank() > 0 else mixers     # what this rank saves
     resumed = load_checkpoint(out, mixers, optimizers)
     if resumed:
         first, so_far = resumed
         log(f"resumed at step {first} of {steps}")
     else:
         if args.init == "inherit":
-            stream = corpus.batches(args.batch_size, 0)
-            closed_form_start(model, mixers, (next(stream) for _ in range(START_BATCHES)))
-        errors = held_out_error(model, mixers, corpus.held_out, args.batch_size)
+            stream = batches_of_rank(corpus, args, 0, share_batch)
+            closed_form_start(model, mixers, (next(stream) for _ in range(START_BATCHES)),
+                              share_batch)
+        errors = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size,
+                                       share_batch))
         first, so_far = 0, {"seconds": 0.0, "start": errors}
-        save_checkpoint(out, 0, mixers, optimizers, so_far)
+        save_checkpoint(out, 0, kept, optimizers, so_far)
     journal = Log(out / "log.jsonl", first)
     if first == 0:
         journal.write(event="held-out", step=0, errors=so_far["start"])
-    stream = corpus.batches(args.batch_size, first)
+    stream = batches_of_rank(corpus, args, first, share_batch)
     every, began = max(1, steps // CHECKPOINTS), time.perf_counter() - so_far["seconds"]
     bar = progress(range(first, steps), initial=first, total=steps, desc="distill", unit="step")
     for step in bar:
         lr = learning_rate(step, steps, args.lr)
-        losses = check_finite(train_step(model, mixers, optimizers, next(stream), lr), step)
+        losses = train_step(model, mixers, optimizers, next(stream), lr, share_batch)
+        losses = dict(zip(mixers, check_finite(losses, step)))
         if (step + 1) % 10 == 0 or step + 1 == steps:
-            bar.set_postfix(loss=f"{sum(losses) / len(losses):.3e}")
-            journal.write(event="train", step=step + 1, lr=lr, loss=dict(zip(mixers, losses)))
+            losses = merged(losses)
+            bar.set_postfix(loss=f"{sum(losses.values()) / len(losses):.3e}")
+            journal.write(event="train", step=step + 1, lr=lr, loss=losses)
         if (step + 1) % every == 0 or step + 1 == steps:
             so_far["seconds"] = time.perf_counter() - began
-            save_checkpoint(out, step + 1, mixers, optimizers, so_far)
-    end = held_out_error(model, mixers, corpus.held_out, args.batch_size)
+            save_checkpoint(out, step + 1, kept, optimizers, so_far)
+    end = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size, share_batch))
     journal.write(event="held-out", step=steps, errors=end)
     tokens = steps * args.batch_size * args.seq_len
-    return mixers, {
+    return kept, {
         "held_out": {"start": so_far["start"], "end": {str(k): v for k, v in end.items()}},
         "cost": {"seconds": so_far["seconds"], "tokens": tokens,
-                 "tokens_per_second": tokens / so_far["seconds"],
+                 "tokens_per_second": tokens / so_far["seconds"], "ranks": world_size(),
                  "peak_memory": peak_memory(model.device), "device": str(model.device)}}
 
 
@@ -596,6 +655,8 @@ def parse_args():
     parser.add_argument("--lr", type=positive(float), help="peak learning rate (default: 1e-3, "
                         "for models narrower than 1,536 times (1536 / width)^0.75)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", choices=("batch", "layers"), default="batch", help="what several "
+                        "processes (torchrun) divide among them: each batch, or the layers")
     parser.add_argument("--out", help="the run directory")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return parser.parse_args()
@@ -615,10 +676,14 @@ def check_args(args):
     if args.data is None and Path(args.model).exists():
         raise UserError("--data is missing: a .jsonl or .txt file, or Hub datasets.")
     args.data = args.data or PAPER_MIX
+    if args.shard == "batch" and args.batch_size % world_size():
+        raise UserError(f"--batch-size {args.batch_size} cannot be divided among {world_size()} "
+                        "processes; choose a multiple, or --shard layers.")
 
 
 def main():
     args = parse_args()
+    join_ranks(args.device)
     demo = args.model is None
     if demo:
         demo_args(args)
@@ -637,19 +702,25 @@ def main():
     recipe = {"lr": args.lr, "final_lr": FINAL_LR, "warmup": WARMUP, "betas": BETAS, "clip": CLIP,
               "start_batches": START_BATCHES, "seq_len": args.seq_len,
               "batch_size": args.batch_size, "dtype": str(model.dtype)}
-    out, record = open_run(args, {
+    settings = {
         "teacher": args.model, "teacher_fingerprint": fingerprint(model), "attn": args.attn,
         "init": args.init, "layers": layers, "data": args.data, "tokens": args.tokens,
         "data_fingerprint": digest(corpus.held_out.tolist()), "seed": args.seed,
-        "recipe": recipe, "versions": versions()})
+        "recipe": recipe, "versions": versions()}
+    out, record = gather(open_run(args, settings) if rank() == 0 else None)[0]
     if not record["finished"]:
-        save_tensors(out / "held_out.safetensors", {"input_ids": corpus.held_out})
+        if rank() == 0:
+            save_tensors(out / "held_out.safetensors", {"input_ids": corpus.held_out})
         mixers, outcome = distill(model, corpus, args, out, layers)
         for layer, mixer in mixers.items():
             save_tensors(layer_file(out, layer), mixer.state_dict())
         record = {**record, **outcome, "finished": True}
-        write_json(out / "distill.json", record)
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+        gather("all layers are saved")
+        if rank() == 0:
+            write_json(out / "distill.json", record)
+    if rank() == 0:
+        (out / "checkpoint.json").unlink(missing_ok=True)
+        remove_checkpoints(out)
     start, end = ({int(k): v for k, v in record["held_out"][when].items()}
                   for when in ("start", "end"))
     print_errors(start, end)

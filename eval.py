@@ -19,9 +19,12 @@ line on stdout is the result as one JSON object.
 import argparse
 import ast
 import builtins
+import collections
 import contextlib
 import copy
 import ctypes
+import datetime
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -49,17 +52,19 @@ from typing import Callable
 try:
     import numpy as np
     import torch
+    import torch.distributed as dist
     import transformers
     from safetensors import SafetensorError
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
     from transformers.utils.import_utils import is_kernels_available
 
     if is_kernels_available():
         raise ImportError("the pip package 'kernels' is hidden by the kernels.py of this folder, "
                           "which transformers would load in its place; uninstall that package")
     import linear_attn
-    from linear_attn import UserError, attention_modules, linear_layers
+    from linear_attn import (
+        UserError, attention_modules, decoder_layers, linear_layers, replaced)
 except ImportError as error:
     sys.exit(f"cannot start: {error}. Set up with: pip install -r requirements.txt")
 
@@ -71,12 +76,14 @@ DEMO_TASKS = ("copy", "chain")
 # What the scripts share: messages, files, command lines
 
 def log(message):
-    """One line for people, on stderr, without breaking a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """One line for people, on stderr, without breaking a progress bar; from rank 0 alone."""
+    if rank() == 0:
+        tqdm.write(message, file=sys.stderr)
 
 
-def progress(iterable=None, **kwargs):
-    return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, **kwargs)
+def progress(iterable=None, disable=False, **kwargs):
+    return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, mininterval=0.5,
+                disable=disable or rank() > 0, **kwargs)
 
 
 def finish(result, following=None):
@@ -84,7 +91,8 @@ def finish(result, following=None):
     result["next"] = following
     if following:
         log(f"next: {following}")
-    print(json.dumps(result), flush=True)
+    if rank() == 0:
+        print(json.dumps(result), flush=True)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -101,6 +109,8 @@ def run_script(main):
     """Run main(); a user's mistake ends with one sentence and exit code 2, a failure during work
     (not finite, disk full) with one sentence and exit code 1."""
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_say(
+        f"{name}: terminated; what was saved before is intact", 143)))
     try:
         main()
     except UserError as error:
@@ -109,6 +119,10 @@ def run_script(main):
         sys.exit(_say(f"{name}: stopped: {error}; what was saved before is intact", 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"{name}: interrupted; what was saved before is intact", 130))
+    finally:
+        _locks.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _say(message, code):
@@ -173,6 +187,20 @@ def make_output_dir(path):
     return path
 
 
+def lock_dir(path):
+    """Keep other runs out of the directory until run_script or the process ends, however."""
+    if rank() == 0:
+        lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is at work in {path}; wait for it, or give another --out.")
+        _locks.append(lock)             # it holds while this file is open
+
+
+_locks = []
+
+
 def parse_layers(text, num_layers):
     """"3,7-12" -> [3, 7, ..., 12]. Raises UserError if not numbers of layers of the model."""
     layers = set()
@@ -188,11 +216,62 @@ def parse_layers(text, num_layers):
 
 
 # ------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc-per-node N replace.py ...
+
+def rank():
+    """The number of this process, 0 to world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(device):
+    """Under torchrun, meet the other processes: gloo on CPUs, nccl on GPUs, one GPU each."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                            timeout=datetime.timedelta(days=1))
+
+
+def gather(value):
+    """[the value that each rank brought], on every rank. Raises ConnectionError if one has died."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    with lost_ranks_end_the_run():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def add_up(tensor):
+    """The sum of every rank's tensor, in place."""
+    if world_size() > 1:
+        with lost_ranks_end_the_run():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def lost_ranks_end_the_run():
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process of this run has ended; the same command goes on "
+                              f"from what is saved ({str(error).splitlines()[0][:100]})") from None
+
+
+# ------------------------------------------------------------------------------------------------
 # Models
 
 def add_model_flags(parser):
     parser.add_argument("--model", help="directory or Hub id of a causal language model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:N; auto: spread one model over all GPUs (accelerate)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
                         default="auto", help="of the model; auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--trust-remote-code", action="store_true",
@@ -228,10 +307,11 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     config = read_config(name, trust_remote_code)
     if base_only and is_hybrid(config):
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
+    kwargs = {"device_map": "auto"} if device == "auto" else {}
     device = _device(device)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    kwargs = {"dtype": getattr(torch, dtype)}
+    kwargs["dtype"] = getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if is_hybrid(config):
@@ -243,7 +323,9 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{name} does not load as a causal language model with a tokenizer: "
                         f"{reason}")
-    model = model.to(device).eval().requires_grad_(False)
+    if "device_map" not in kwargs:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     if model.config.is_encoder_decoder or not is_causal(model):
         raise UserError(f"{name} is not a causal language model.")
     attention_modules(model)                            # refuses what cannot be converted
@@ -259,8 +341,18 @@ def is_causal(model):
 
 
 def _device(name):
+    """The device of that name; under torchrun each process has a GPU of its own."""
+    if name == "auto":
+        if not transformers.utils.is_accelerate_available():
+            raise UserError("--device auto spreads a model over several GPUs with accelerate, "
+                            "which is not installed: pip install accelerate.")
+        if world_size() > 1:
+            raise UserError("--device auto gives one process all GPUs; start it without torchrun.")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device == torch.device("cuda") and world_size() > 1:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
@@ -1496,12 +1588,11 @@ class Score:
         return math.sqrt(squares / max(self.n - 1, 1) / self.n)
 
 
-def evaluate(model, prepared, metric=None, quiet=False, allow_code=False):
+def evaluate(model, prepared, metric=None, allow_code=False):
     """Score `model`, whatever is swapped into it, on prepared documents -> Score.
     Raises FloatingPointError for a log-likelihood that is not finite."""
     outputs = {}
-    for batch in progress(prepared.batches, desc=prepared.task.name, unit="batch", leave=False,
-                          disable=quiet):
+    for batch in progress(prepared.batches, desc=prepared.task.name, unit="batch", leave=False):
         outputs |= answer_batch(model, prepared, batch)
     return judge(prepared, outputs, metric, linear_layers(model), allow_code)
 
@@ -1511,6 +1602,119 @@ def answer_batch(model, prepared, batch):
     if prepared.task.generates:
         return batch_generate(model, prepared.tokenizer, prepared.requests, batch)
     return batch_log_likelihoods(model, prepared.requests, batch, prepared.batch_size)
+
+
+def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_code=False,
+                     plain=False, cost=None, bar=None):
+    """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
+    mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
+
+    Batch by batch all hybrids are run, and what they have in common is run once (SharedLayers);
+    with `plain` each one runs whole. Several ranks take turns with the batches. Adds to `cost` the
+    layer-token forwards "run", and "plain", what they would have been; padding included.
+    """
+    spent, outputs = collections.Counter(), {layers: {} for layers in layer_sets}
+    for batch in prepared.batches[rank()::world_size()]:
+        answers = answer_hybrids(model, prepared, mixers, batch, layer_sets, plain, spent)
+        for layers in outputs:
+            outputs[layers] |= answers[layers]
+        if bar is not None:
+            bar.update(len(layer_sets))
+    parts = gather((outputs, spent))
+    if rank() > 0:
+        return None
+    for part, spent in parts:
+        for layers in outputs:
+            outputs[layers] |= part[layers]
+        if cost is not None:
+            cost.update(spent)
+    return [judge(prepared, outputs[layers], metric, layers, allow_code) for layers in layer_sets]
+
+
+def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False, cost=None):
+    """{layers: {request: answer}} of one batch for each hybrid.
+
+    The hybrid that runs whole is the one whose layers come last: in a round of Algorithm 1 all
+    candidates are alike up to the layer that each replaces, so the one with the highest layer
+    passes through all that any other needs."""
+    whole, *others = sorted(set(layer_sets), reverse=True)
+    first = {whole: 0, **{o: 0 if plain else min(set(o) ^ set(whole)) for o in others}}
+    shared = SharedLayers(model, max(first.values()), prepared.task.generates, cost)
+    answers = {}
+    for layers in first:
+        with replaced(model, mixers, layers), shared.run_from(first[layers]):
+            answers[layers] = answer_batch(model, prepared, batch)
+    return answers
+
+
+def layers_can_be_shared(model, prepared, mixers):
+    """Whether sharing changes nothing, bit for bit, tried on one request. It would where a layer
+    takes more from the layers below than their hidden states (keys and values, say)."""
+    layers, batch = sorted(mixers), prepared.batches[-1][-1:]
+    sets = [(layers[len(layers) // 2],), (layers[-1],)]
+    shared, plain = (answer_hybrids(model, prepared, mixers, batch, sets, plain=plain)
+                     for plain in (False, True))
+    return shared == plain
+
+
+class SharedLayers:
+    """What several hybrids have in common on one batch: the outputs of their lower layers.
+
+    All of them read the batch in the same forwards. The first hybrid runs whole and leaves the
+    outputs of its layers below `keep`; in a later one, a layer below `first` does not run: it gives
+    back, forward by forward, what it gave then, and after the first forward its part of the cache
+    is what it was then. Embeddings, masks, the layers above and the head are the family's own
+    code. Of a generation only the first forward, the prompt, is shared.
+    """
+
+    def __init__(self, model, keep, generates, cost=None):
+        self.layers, self.keep, self.generates = decoder_layers(model), keep, generates
+        self.outputs = [[] for _ in self.layers]        # per layer, forward by forward
+        self.memory = {}                                # layer: its part of the cache
+        self.cost = collections.Counter() if cost is None else cost
+
+    @contextlib.contextmanager
+    def run_from(self, first):
+        """Within the block, the model's layers below `first` do not run."""
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+        for i, layer in enumerate(self.layers):
+            layer.forward = self._forward(i, layer.forward, self.outputs[i] if i < first else ())
+        try:
+            yield
+        finally:
+            self.keep = 0                               # the first hybrid has left its outputs
+            for layer, forward in zip(self.layers, before):
+                del layer.forward
+                if forward is not None:                 # one that accelerate had put there
+                    layer.forward = forward
+
+    def _forward(self, i, run, outputs):
+        outputs = iter(outputs)
+
+        def forward(*args, **kwargs):
+            tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
+            cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+            self.cost["plain"] += tokens
+            output = next(outputs, None)
+            if output is not None:
+                if cache is not None and i in self.memory:
+                    self._recall(i, cache)
+                return output
+            self.cost["run"] += tokens
+            output = run(*args, **kwargs)
+            if i < self.keep and not (self.generates and self.outputs[i]):
+                if cache is not None and not self.outputs[i]:
+                    self.memory[i] = copy.copy(cache.layers[i])
+                self.outputs[i].append(output)
+            return output
+        return forward
+
+    def _recall(self, i, cache):
+        """Give the cache what layer i left in it after the first forward, if it is still empty."""
+        if cache.layers[i].get_seq_length() == 0:
+            cache.layers[i] = copy.copy(self.memory[i])
+            if not self.generates:      # only its length will be asked for: no copies of its rows
+                cache.layers[i].batch_select_indices = lambda rows: None
 
 
 def judge(prepared, outputs, metric, layers, allow_code=False):

@@ -71,33 +71,49 @@ def decoder_layers(model):
     return lists[0]
 
 
-def attention_name(model, layer_idx):
-    """Under which name decoder layer `layer_idx` holds its attention. Raises UserError."""
+def attention_slots(model):
+    """Where the token mixer of every decoder layer sits: [(layer, name of its attention)], in
+    order. Raises UserError if the model's layers are not of the usual form."""
     if model.config.model_type in ("bloom", "mpt"):  # residual added inside; mask inverted
         raise UserError(f"{type(model).__name__}: its attention takes more than hidden states and "
                         "a mask in the usual form, so no linear module can stand in for it.")
-    children = [name for name, _ in decoder_layers(model)[layer_idx].named_children()
-                if name in ATTENTION_NAMES]
-    if len(children) != 1:
-        raise UserError(f"{type(model).__name__}: looked in layer {layer_idx} for one child named "
-                        f"{', '.join(ATTENTION_NAMES)}, found {len(children)}; this model cannot "
-                        "be converted.")
-    return children[0]
+    slots = []
+    for layer_idx, layer in enumerate(decoder_layers(model)):
+        names = [name for name, _ in layer.named_children() if name in ATTENTION_NAMES]
+        if len(names) != 1:
+            raise UserError(f"{type(model).__name__}: looked in layer {layer_idx} for one child "
+                            f"named {', '.join(ATTENTION_NAMES)}, found {len(names)}; this model "
+                            "cannot be converted.")
+        slots.append((layer, names[0]))
+    return slots
 
 
 def attention_modules(model):
     """The token mixer of every decoder layer, softmax or linear, in order."""
-    return [getattr(layer, attention_name(model, i))
-            for i, layer in enumerate(decoder_layers(model))]
+    return [getattr(layer, name) for layer, name in attention_slots(model)]
 
 
 def swap(model, layer_idx, module):
     """Put `module` in the place of layer `layer_idx`'s attention, by reference, in O(1).
     Returns the module that was there; swapping that back in restores the model."""
-    layer, name = decoder_layers(model)[layer_idx], attention_name(model, layer_idx)
+    layer, name = attention_slots(model)[layer_idx]
     previous = getattr(layer, name)
     setattr(layer, name, module)
     return previous
+
+
+@contextlib.contextmanager
+def replaced(model, mixers, layers):
+    """Within the block, `layers` of the model are their linear modules, mixers[layer]."""
+    slots = attention_slots(model)
+    softmax = {layer: getattr(*slots[layer]) for layer in layers}
+    try:
+        for layer in softmax:
+            setattr(*slots[layer], mixers[layer])
+        yield model
+    finally:
+        for layer, attn in softmax.items():
+            setattr(*slots[layer], attn)
 
 
 class Projection(NamedTuple):

@@ -15,22 +15,29 @@ Every evaluation is on disk (OUT/search.jsonl) before the next begins: run the s
 after an interruption, and it goes on. The last line on stdout is the result as one JSON object.
 """
 
-import contextlib
+import collections
+import functools
 import json
 import math
 import os
+import random
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from distill import load_blocks, peak_memory, read_run
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distill import load_blocks, peak_memory, read_run, teacher_forward
 from eval import (
     DEMO, DEMO_TASKS, TASKS, ArgumentParser, UserError, add_model_flags, add_task_flags,
-    attention_modules, check_metric, digest, evaluate, file_task, find_task, fingerprint, finish,
-    load_model, log, make_demo, make_output_dir, parse_layers, positive, prepare, progress,
-    run_script, split_docs, versions, write_atomic, write_json)
-from linear_attn import check_savable, save_hybrid, swap
+    attention_modules, check_metric, digest, evaluate_hybrids, file_task, find_task, fingerprint,
+    finish, gather, join_ranks, layers_can_be_shared, load_model, lock_dir, log, make_demo,
+    make_output_dir, pad, parse_layers, positive, prepare, progress, rank, run_script,
+    slices, split_docs, versions, world_size, write_atomic, write_json)
+from linear_attn import check_savable, replaced, save_hybrid
 
 SLACK = 1e-9        # scores are fractions of counts: equal counts must compare as equal
 
@@ -40,11 +47,14 @@ SLACK = 1e-9        # scores are fractions of counts: equal counts must compare 
 
 @dataclass
 class Step:
-    """One round of the search: the layer it replaced, and how close the decision was."""
-    layer: int
+    """One round of the search: what it replaced, and how close the decision was."""
+    layers: tuple                       # all linear layers after this step
     score: float
-    runner_up: int | None
-    runner_up_score: float | None
+    layer: int | None                   # the one layer that is new; None if the sets do not nest
+    runner_up: int | None = None
+    runner_up_score: float | None = None
+    runner_up_layers: tuple | None = None
+    ties: int = 0                       # other candidates with the same score
 
 
 @dataclass
@@ -57,22 +67,28 @@ class Search:
     opt: tuple = ()
 
 
-def greedy(score, num_layers, max_drop=0.05, p_min=None, run_all=False, report=lambda step, n: None):
+def every_full_layer(num_layers, current):
+    """The candidates of a round of Algorithm 1: each layer still full, replaced."""
+    return [current + (layer,) for layer in range(num_layers) if layer not in current]
+
+
+def greedy(score, num_layers, max_drop=0.05, p_min=None, run_all=False,
+           report=lambda step: None, candidates=every_full_layer, budget=None):
     """Algorithm 1. score([(layers), ...]) -> [P of the model with those layers linear, ...].
 
     P_min is `p_min`, or (1 - max_drop) P(base). With `run_all` the rounds go on, for the curve,
     until no full layer is left; what is returned as best and opt stays what Algorithm 1 returns.
+    `budget` ends the search after so many layers. Other strategies have other `candidates`.
     """
     p_base = score([()])[0]                                         # M = M_best = M_opt = M_full
     search = Search(p_base, (1 - max_drop) * p_base if p_min is None else p_min)
     current, p_best, stopped = (), p_base, False
-    while len(current) < num_layers:
-        full_layers = [layer for layer in range(num_layers) if layer not in current]
-        scores = score([current + (layer,) for layer in full_layers])       # P_l for each l
-        step = first_maximum(full_layers, scores)                           # P*, l*
-        current += (step.layer,)
+    while len(current) < min(num_layers, budget or num_layers):
+        tried = candidates(num_layers, current)
+        step = first_maximum(current, tried, score(tried))                  # P*, l*
+        current = step.layers
         search.steps.append(step)
-        report(step, len(current))
+        report(step)
         if not stopped and step.score >= p_best - SLACK:                    # if P* >= P_best:
             search.best, p_best = current, step.score                       #   M_best = M*
         if not stopped and step.score >= search.p_min - SLACK:              # if P* >= P_min:
@@ -84,38 +100,144 @@ def greedy(score, num_layers, max_drop=0.05, p_min=None, run_all=False, report=l
     return search
 
 
-def first_maximum(layers, scores):
-    """The first layer that attains the maximum (strict >, so the lowest index wins ties), and the
-    first that comes next."""
-    def first(pairs):
-        top = pairs[0]
-        for pair in pairs:
-            top = pair if pair[1] > top[1] + SLACK else top
+def first_maximum(current, tried, scores):
+    """The Step to the first candidate that attains the maximum (strict >, so the lowest layer wins
+    ties), with the first that comes next."""
+    def first(indices):
+        top = indices[0]
+        for i in indices:
+            top = i if scores[i] > scores[top] + SLACK else top
         return top
 
-    pairs = list(zip(layers, scores))
-    layer, score = first(pairs)
-    rest = [pair for pair in pairs if pair[0] != layer]
-    return Step(layer, score, *(first(rest) if rest else (None, None)))
+    def new_layer(layers):
+        new = set(layers) - set(current)
+        return new.pop() if len(new) == 1 and len(layers) == len(current) + 1 else None
+
+    top = first(range(len(tried)))
+    step = Step(tried[top], scores[top], new_layer(tried[top]))
+    rest = [i for i in range(len(tried)) if i != top]
+    if rest:
+        second = first(rest)
+        step.runner_up, step.runner_up_layers = new_layer(tried[second]), tried[second]
+        step.runner_up_score = scores[second]
+        step.ties = sum(scores[i] >= step.score - SLACK for i in rest)
+    return step
 
 
 # ------------------------------------------------------------------------------------------------
-# Scores of hybrids: swap in, evaluate, swap out; nothing is evaluated twice
+# The other strategies of Figure 4 and Table 4: the same search with one candidate a round
 
-@contextlib.contextmanager
-def replaced(model, mixers, layers):
-    """Within the block, `layers` of the model are their linear modules."""
-    softmax = {layer: swap(model, layer, mixers[layer]) for layer in layers}
-    try:
-        yield model
-    finally:
-        for layer, attn in softmax.items():
-            swap(model, layer, attn)
+def in_order(order):
+    """Candidates of a strategy that fixes its order beforehand."""
+    return lambda num_layers, current: [current + (order[len(current)],)]
 
+
+def uniform(num_layers, current):
+    """Uniform interleaving: K layers evenly spaced. The sets of successive K do not nest."""
+    k = len(current) + 1
+    return [tuple(int((i + 0.5) * num_layers / k) for i in range(k))]
+
+
+def local_order(score, num_layers):
+    """Local importance: rank once, by the drop when a layer alone is replaced in the base model."""
+    scores = score([(layer,) for layer in range(num_layers)])
+    return sorted(range(num_layers), key=lambda layer: (-round(scores[layer] / SLACK), layer))
+
+
+def random_order(num_layers, seed):
+    return random.Random(seed).sample(range(num_layers), num_layers)
+
+
+# ------------------------------------------------------------------------------------------------
+# The impact score of section 4.3: do the linear module's states carry the label as the full ones do?
+
+@torch.no_grad()
+def pooled_outputs(model, mixers, prepared):
+    """Mean over the prompt's tokens of every layer's attention output, of the full module and of
+    the linear one on the same hidden states: {layer: (full [N, C], linear [N, C])}, fp64."""
+    prompts = []
+    for numbers in prepared.of_doc:
+        request = prepared.requests[numbers[0]]
+        prompts.append(request.tokens[: len(request.tokens) - request.scored])
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    pooled = {layer: ([None] * len(prompts), [None] * len(prompts)) for layer in mixers}
+    for rows in progress(slices(order, prepared.batch_size), desc="states", unit="batch",
+                         leave=False):
+        ids, real = pad([prompts[i] for i in rows], left=False)
+
+        def visit(layer, hidden_states, full):
+            states = full, mixers[layer](hidden_states)[0]                  # [B, T, C] each
+            for into, state in zip(pooled[layer], states):
+                weight = real.to(state.device, torch.float64).unsqueeze(-1)     # [B, T, 1]
+                means = (state.double() * weight).sum(1) / weight.sum(1)        # [B, C]
+                for i, mean in zip(rows, means.cpu()):
+                    into[i] = mean
+        teacher_forward(model, ids, sorted(mixers), visit)
+    return {layer: tuple(map(torch.stack, both)) for layer, both in pooled.items()}
+
+
+def fit_probe(states, labels, num_classes):
+    """A linear probe: multinomial logistic regression, L2 of strength 1, by L-BFGS in fp64, on
+    states [N, C] standardised by their own mean and spread -> accuracy(states, labels)."""
+    mean, spread = states.mean(0), states.std(0) + 1e-12
+    weight = torch.zeros(states.shape[1] + 1, num_classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12,
+                               line_search_fn="strong_wolfe")
+
+    def logits(x):
+        return (x - mean) / spread @ weight[:-1] + weight[-1]
+
+    def closure():
+        solver.zero_grad()
+        loss = F.cross_entropy(logits(states), labels, reduction="sum")
+        loss = loss + 0.5 * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return lambda x, y: (logits(x).argmax(-1) == y).double().mean().item()
+
+
+def impact_scores(model, mixers, prepared, seed):
+    """{layer: {"A_full", "A_linear", "A_cross", "impact"}}, impact = 1 - (A_linear + A_cross) /
+    (2 A_full). Probes are fitted on one seeded half of the documents and scored on the other."""
+    task = prepared.task
+    labels = [task.gold(doc) if task.choices else None for doc in prepared.docs]
+    if not all(isinstance(label, int) for label in labels):
+        raise UserError(f"--order impact needs a right choice in every document; {task.name} has "
+                        "some without.")
+    order = random.Random(seed).sample(range(len(labels)), len(labels))
+    fit, rest = (sorted(half) for half in (order[: len(order) // 2], order[len(order) // 2:]))
+    labels, num_classes, scores = torch.tensor(labels), max(labels) + 1, {}
+    pooled = pooled_outputs(model, mixers, prepared)
+    for layer, (full, linear) in progress(pooled.items(), desc="probes", unit="layer", leave=False):
+        on_full = fit_probe(full[fit], labels[fit], num_classes)
+        on_linear = fit_probe(linear[fit], labels[fit], num_classes)
+        a_full, a_linear, a_cross = (probe(states[rest], labels[rest]) for probe, states in (
+            (on_full, full), (on_linear, linear), (on_full, linear)))
+        if a_full == 0:
+            raise FloatingPointError(f"layer {layer}: the full module's probe is never right, so "
+                                     "the impact score has no value; search on more documents")
+        scores[layer] = {"A_full": a_full, "A_linear": a_linear, "A_cross": a_cross,
+                         "impact": 1 - (a_linear + a_cross) / (2 * a_full)}
+    return scores
+
+
+def spearman(x, y):
+    """Rank correlation; equal values share their mean rank. None where one side does not vary."""
+    ranks = [np.array([(sum(b < a for b in z) + sum(b <= a for b in z)) / 2 for a in z])
+             for z in (x, y)]
+    if any(r.std() == 0 for r in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores of hybrids: nothing is evaluated twice
 
 class Journal:
-    """search.jsonl: the settings' fingerprint, then one line per evaluation, each on disk before
-    the next begins. A line cut off by a kill is dropped. Raises UserError for other settings."""
+    """search.jsonl: the settings' fingerprint, then one line per evaluation, on disk before the
+    next round begins. A line cut off by a kill is dropped. Raises UserError for other settings."""
 
     def __init__(self, path, settings):
         self.path, self.rows = path, {}
@@ -126,16 +248,22 @@ class Journal:
             if changed:
                 raise UserError(f"{path} was written by another search (other: "
                                 f"{', '.join(changed)}); give another --out.")
-            self.rows = {(row["split"], tuple(row["layers"])): row for row in rows}
-        whole = b"".join(line + b"\n" for line in lines) or _line(settings)
-        write_atomic(path, lambda p: p.write_bytes(whole))
+            self._remember(rows)
+        if rank() == 0:
+            whole = b"".join(line + b"\n" for line in lines) or _line(settings)
+            write_atomic(path, lambda p: p.write_bytes(whole))
+        self._remember(gather(list(self.rows.values()))[0])     # nodes may not share their disks
 
-    def add(self, row):
-        self.rows[row["split"], tuple(row["layers"])] = row
-        with open(self.path, "ab") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
+    def _remember(self, rows):
+        self.rows |= {(row["split"], tuple(row["layers"])): row for row in rows}
+
+    def add(self, rows):
+        if rank() == 0:
+            with open(self.path, "ab") as file:
+                file.write(b"".join(map(_line, rows)))
+                file.flush()
+                os.fsync(file.fileno())
+        self._remember(rows)
 
 
 def _line(row):
@@ -145,37 +273,76 @@ def _line(row):
 class Scorer:
     """P of hybrids on the splits of a task, remembered in the journal."""
 
-    def __init__(self, model, mixers, splits, metric, journal, allow_code=False):
+    def __init__(self, model, mixers, splits, metric, journal, allow_code=False, plain=False):
         self.model, self.mixers, self.splits = model, mixers, splits
         self.metric, self.journal, self.allow_code = metric, journal, allow_code
+        self.asked = set()              # of the validation split
+        self.plain = plain
+        if not plain and not layers_can_be_shared(model, splits["validation"], mixers):
+            log(f"{type(model).__name__}: its layers take more from those below than hidden states, "
+                "so every candidate is run whole (--plain).")
+            self.plain = True
 
-    def row(self, split, layers):
-        """The journal's row of one layer set on one split; evaluated if it is not there yet."""
-        layers = tuple(sorted(layers))
-        if (split, layers) not in self.journal.rows:
-            began = time.perf_counter()
-            with replaced(self.model, self.mixers, layers):
-                score = evaluate(self.model, self.splits[split], self.metric, quiet=True,
-                                 allow_code=self.allow_code)
-            self.journal.add({"split": split, "layers": list(layers), "score": score.mean(),
-                              "stderr": score.stderr(), "n": score.n,
-                              "seconds": round(time.perf_counter() - began, 4)})
-        return self.journal.rows[split, layers]
+    def rows(self, split, layer_sets, bar=None):
+        """The journal's rows of some layer sets on one split; those that are not there yet are
+        evaluated together."""
+        layer_sets = [tuple(sorted(layers)) for layers in layer_sets]
+        new = [s for s in dict.fromkeys(layer_sets) if (split, s) not in self.journal.rows]
+        if new:
+            began, cost = time.perf_counter(), collections.Counter()
+            scores = evaluate_hybrids(
+                self.model, self.splits[split], self.mixers, new, self.metric, self.allow_code,
+                self.plain, cost, bar)
+            seconds = (time.perf_counter() - began) / len(new)
+            self.journal.add(gather(scores and [
+                {"split": split, "layers": list(layers), "score": score.mean(),
+                 "stderr": score.stderr(), "n": score.n, "seconds": round(seconds, 4),
+                 "layer_tokens": cost["run"] / len(new), "plain": cost["plain"] / len(new),
+                 "items": [item[self.metric] for item in score.items]}
+                for layers, score in zip(new, scores)])[0])
+        return [self.journal.rows[split, layers] for layers in layer_sets]
 
     def validation(self, layer_sets, bar=None):
         """P on the validation split for each layer set: what Algorithm 1 maximises."""
-        scores = []
-        for layers in layer_sets:
-            scores.append(self.row("validation", layers)["score"])
-            if bar is not None:
-                bar.update()
-        return scores
+        self.asked.update(tuple(sorted(layers)) for layers in layer_sets)
+        return [row["score"] for row in self.rows("validation", layer_sets, bar)]
+
+    def remembered(self, layer_sets):
+        """The same from the journal alone; KeyError if it has not all of them."""
+        return [self.journal.rows["validation", tuple(sorted(layers))]["score"]
+                for layers in layer_sets]
+
+    def statistics(self, step):
+        """A step of the search with standard errors: of its score, and of the paired difference to
+        the runner-up, item by item; `flipped` counts the items that the two judge differently."""
+        row, = self.rows("validation", [step.layers])
+        record = {**asdict(step), "layers": sorted(step.layers), "stderr": row["stderr"],
+                  "difference": None, "difference_stderr": None, "flipped": None}
+        record.pop("runner_up_layers")
+        if step.runner_up_layers is not None:
+            other, = self.rows("validation", [step.runner_up_layers])
+            gaps = np.array(row["items"], float) - np.array(other["items"], float)
+            record |= {"difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
+                       "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
+        return record
 
     def final(self, layers):
-        """{"layers", "validation", "test"} of one model, for result.json."""
-        return {"layers": sorted(layers),
-                "validation": self.row("validation", layers)["score"],
-                "test": self.row("test", layers)["score"] if "test" in self.splits else None}
+        """{"layers", "validation", "test"} of one model, for result.json, with standard errors and
+        the gap from validation to test."""
+        result = {"layers": sorted(layers), "test": None, "gap": None}
+        for split in self.splits:
+            row, = self.rows(split, [layers])
+            result[split], result[f"{split}_stderr"] = row["score"], row["stderr"]
+        if result["test"] is not None:
+            result["gap"] = result["validation"] - result["test"]
+        return result
+
+    def cost(self):
+        """What the validation scores that were asked for have cost, in this run or before."""
+        rows = [self.journal.rows["validation", layers] for layers in self.asked]
+        run, plain = (round(sum(row[k] for row in rows)) for k in ("layer_tokens", "plain"))
+        return {"search_seconds": sum(row["seconds"] for row in rows), "evaluations": len(rows),
+                "layer_tokens": run, "plain_layer_tokens": plain, "saved": 1 - run / plain}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,29 +366,35 @@ def plot_search(result, path):
 
     scores = [result["p_base"], *result["validation"]]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(len(scores)), scores, "o-", color="tab:blue", label="greedy")
+    axes.plot(range(len(scores)), scores, "o-", color="tab:blue", label=result["strategy"])
     axes.axhline(result["p_base"], color="gray", linewidth=1, label="base")
     axes.axhline(result["p_min"], color="gray", linewidth=1, linestyle="--", label="P_min")
-    for count, layer in enumerate(result["order"], 1):
-        axes.annotate(f"+{layer}", (count, scores[count]), xytext=(0, -14), ha="center",
+    for count, step in enumerate(result["steps"], 1):
+        text = f"{count} of {count}" if step["layer"] is None else f"+{step['layer']}"
+        axes.annotate(text, (count, scores[count]), xytext=(0, -14), ha="center",
                       textcoords="offset points", fontsize=8)
     for name, marker, size in (("best", "*", 18), ("opt", "s", 11)):
         axes.plot(len(result[name]["layers"]), result[name]["validation"], marker, markersize=size,
                   markerfacecolor="none", color="tab:red", label=f"M_{name}")
     axes.set_xlabel("linear layers (the layer that each step replaced)")
     axes.set_ylabel(f"{result['metric']}, validation (n = {result['n']['validation']})")
-    axes.set_title(f"{Path(result['task']).stem}: greedy replacement")
+    axes.set_title(f"{Path(result['task']).stem}: {result['strategy']} replacement")
     axes.margins(y=0.15)
     axes.legend()
     write_atomic(path, lambda p: figure.savefig(p, dpi=150, format="png"))
     pyplot.close(figure)
 
 
-def report_step(step, count):
-    margin = "" if step.runner_up is None else (
-        f", runner-up layer {step.runner_up} with {step.runner_up_score:.4f}, margin "
-        f"{step.score - step.runner_up_score:+.4f}")
-    log(f"{count} linear: layer {step.layer}, validation {step.score:.4f}{margin}")
+def report_step(scorer, step):
+    """One line: what was replaced, its score, and how close the decision was."""
+    record = scorer.statistics(step)
+    name = f"layer {step.layer}" if step.layer is not None else f"layers {list(step.layers)}"
+    line = f"{len(step.layers)} linear: {name}, validation {step.score:.4f} +- {record['stderr']:.4f}"
+    if step.runner_up_layers is not None:
+        line += (f", runner-up layer {step.runner_up} with {step.runner_up_score:.4f}, margin "
+                 f"{record['difference']:+.4f} +- {record['difference_stderr']:.4f}, "
+                 f"{step.ties} ties, {record['flipped']} items flipped")
+    log(line)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,6 +419,13 @@ def parse_args():
     parser.add_argument("--p-min", type=float, help="P_min itself, in place of --max-drop")
     parser.add_argument("--all", action="store_true",
                         help="go on below P_min until every layer is replaced, for the curve")
+    parser.add_argument("--order", default="greedy", dest="strategy",
+                        choices=("greedy", "local", "uniform", "random", "impact"),
+                        help="greedy: Algorithm 1; local: ranked once, each layer alone; uniform: "
+                        "evenly spaced; random: by --seed; impact: by linear probes (section 4.3)")
+    parser.add_argument("--budget", type=positive(int), help="stop after this many layers")
+    parser.add_argument("--plain", action="store_true", help="run all layers anew for every "
+                        "candidate, in place of those below it once: slower, the same scores")
     parser.add_argument("--layers", help="no search: score and save just this set, e.g. 4,8,12")
     parser.add_argument("--out", help="directory for the journal, the result and the checkpoints")
     return parser.parse_args()
@@ -268,6 +448,8 @@ def check_args(args):
     out = make_output_dir(args.out)
     if any((out / name).exists() for name in ("distill.json", "config.json")):
         raise UserError(f"{out} already holds something else; give another --out.")
+    if args.layers and (args.strategy != "greedy" or args.budget):
+        raise UserError("--layers names the layers itself; leave --order and --budget out.")
     return out
 
 
@@ -285,10 +467,65 @@ def search_documents(args, task):
     return {name: file_task(path)[1] for name, path in zip(("validation", "test"), files) if path}
 
 
+def candidates_of(args, scorer, num_layers, bar):
+    """(candidates for `greedy`, impact scores or None) of the strategy that --order names."""
+    if args.strategy == "greedy":
+        return every_full_layer, None
+    if args.strategy == "uniform":
+        return uniform, None
+    if args.strategy == "random":
+        return in_order(random_order(num_layers, args.seed)), None
+    if args.strategy == "local":
+        return in_order(local_order(lambda sets: scorer.validation(sets, bar), num_layers)), None
+    impact = gather(rank() == 0 and impact_scores(
+        scorer.model, scorer.mixers, scorer.splits["validation"], args.seed))[0]
+    for layer, scores in impact.items():
+        log(f"layer {layer}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    return in_order(sorted(impact, key=lambda layer: (impact[layer]["impact"], layer))), impact
+
+
+def correlation_with_greedy(impact, scorer, num_layers):
+    """Spearman's correlation of the impact scores with the order of a greedy search that this
+    journal holds; None, with a sentence, where it holds none."""
+    try:
+        steps = greedy(scorer.remembered, num_layers, run_all=True).steps
+    except KeyError:
+        log("for Spearman's correlation with the greedy order, first run --order greedy --all with "
+            "the same --out")
+        return None
+    place = {step.layer: i for i, step in enumerate(steps)}
+    found = spearman([impact[layer]["impact"] for layer in place], list(place.values()))
+    log("Spearman's correlation of impact score and greedy order: "
+        + ("undefined, all scores are equal" if found is None else f"{found:+.3f}"))
+    return found
+
+
+def search(args, scorer, num_layers, given):
+    """Run the strategy, or score the given layers -> (Search, what else it found)."""
+    if given:
+        p_base, p_given = scorer.validation([(), tuple(given)])
+        p_min = (1 - args.max_drop) * p_base if args.p_min is None else args.p_min
+        return Search(p_base, p_min, [Step(tuple(given), p_given, None)], given, given), {}
+    most = min(num_layers, args.budget or num_layers)
+    evaluations = {"greedy": sum(num_layers - i for i in range(most)),
+                   "local": num_layers + most}.get(args.strategy, most) + 1
+    batches = len(scorer.splits["validation"].batches[rank()::world_size()])
+    with progress(total=evaluations * batches, desc="search", unit="batch") as bar:
+        candidates, impact = candidates_of(args, scorer, num_layers, bar)
+        found = greedy(lambda sets: scorer.validation(sets, bar), num_layers, args.max_drop,
+                       args.p_min, args.all, functools.partial(report_step, scorer), candidates,
+                       args.budget)
+    if impact is None:
+        return found, {}
+    return found, {"impact": impact,
+                   "spearman": correlation_with_greedy(impact, scorer, num_layers)}
+
+
 def run_search(args, model, tokenizer):
     """Search, or score --layers, for one task; save everything -> the result."""
     began = time.perf_counter()
     out = check_args(args)
+    lock_dir(out)
     check_savable(model)
     task = find_task(args.task, args)
     metric, num_layers = check_metric(task, args.metric), len(attention_modules(model))
@@ -301,54 +538,51 @@ def run_search(args, model, tokenizer):
         "items": {name: split.fingerprint() for name, split in splits.items()}, "metric": metric,
         "dtype": str(model.dtype), "device": model.device.type, "batch_size": args.batch_size,
         "limit": args.limit, "whole": args.whole, "versions": versions()})
-    scorer = Scorer(model, mixers, splits, metric, journal, args.allow_code_execution)
-    if given is None:
-        with progress(total=num_layers * (num_layers + 1) // 2 + 1, desc="search",
-                      unit="eval") as bar:
-            search = greedy(lambda sets: scorer.validation(sets, bar), num_layers, args.max_drop,
-                            args.p_min, args.all, report_step)
-    else:
-        p_base, p_given = scorer.validation([(), given])
-        p_min = (1 - args.max_drop) * p_base if args.p_min is None else args.p_min
-        search = Search(p_base, p_min, [Step(given, p_given, None, None)], given, given)
+    scorer = Scorer(model, mixers, splits, metric, journal, args.allow_code_execution, args.plain)
+    found, more = search(args, scorer, num_layers, given)
     result = {
-        "task": args.task, "metric": metric, "p_base": search.p_base, "p_min": search.p_min,
-        "order": given or [step.layer for step in search.steps],
-        "validation": [step.score for step in search.steps],
-        "best": scorer.final(search.best), "opt": scorer.final(search.opt),
+        "task": args.task, "metric": metric, "strategy": args.strategy, "p_base": found.p_base,
+        "p_min": found.p_min,
+        "order": given or [step.layer for step in found.steps if step.layer is not None],
+        "sets": [sorted(step.layers) for step in found.steps],
+        "validation": [step.score for step in found.steps],
+        "best": scorer.final(found.best), "opt": scorer.final(found.opt),
         "test_base": scorer.final(())["test"],
-        "n": {name: split_n(scorer, name) for name in splits},
-        "model": args.model, "blocks": args.blocks, "attn": read_run(args.blocks.split(",")[0])["attn"]}
-    for name in ("best", "opt"):
-        save_checkpoint(model, mixers, result[name]["layers"], tokenizer, out / name)
-    spent = [row["seconds"] for (split, _), row in journal.rows.items() if split == "validation"]
-    result["cost"] = {"seconds": time.perf_counter() - began, "search_seconds": sum(spent),
-                      "evaluations": len(spent), "memory": peak_memory(model.device),
-                      "device": str(model.device), "versions": versions()}
-    if given is None:
-        plot_search(result, out / "search.png")
-    write_json(out / "result.json", result)
+        "steps": [scorer.statistics(step) for step in found.steps], **more,
+        "n": {name: scorer.rows(name, [()])[0]["n"] for name in splits},
+        "model": args.model, "blocks": args.blocks,
+        "attn": read_run(args.blocks.split(",")[0])["attn"]}
+    result["cost"] = {"seconds": time.perf_counter() - began, **scorer.cost(),
+                      "memory": peak_memory(model.device), "device": str(model.device),
+                      "ranks": world_size(), "versions": versions()}
+    if rank() == 0:
+        for name in ("best", "opt"):
+            save_checkpoint(model, mixers, result[name]["layers"], tokenizer, out / name)
+        if given is None:
+            plot_search(result, out / "search.png")
+        write_json(out / "result.json", result)
     report_result(result, scorer, out)
     return result
 
 
-def split_n(scorer, split):
-    return scorer.row(split, ())["n"]
-
-
 def report_result(result, scorer, out):
-    """The closing table: base, M_best and M_opt on both splits, with standard errors."""
+    """The closing table: base, M_best and M_opt on both splits, with standard errors; the cost."""
     log(f"{result['task']}: {result['metric']}; P_min {result['p_min']:.4f}")
     for name, layers in (("base", []), ("M_best", result["best"]["layers"]),
                          ("M_opt", result["opt"]["layers"])):
         cells = [f"{split} {row['score']:.4f} +- {row['stderr']:.4f} (n = {row['n']})"
-                 for split in scorer.splits for row in [scorer.row(split, layers)]]
+                 for split in scorer.splits for row in scorer.rows(split, [layers])]
         log(f"  {name:6s} {', '.join(cells)}; linear layers {layers}")
+    cost = result["cost"]
+    log(f"  {cost['evaluations']} evaluations in {cost['search_seconds']:.1f} s; layer-token "
+        f"forwards: {cost['layer_tokens']:,}, {cost['saved']:.1%} fewer than the "
+        f"{cost['plain_layer_tokens']:,} of a plain search")
     log(f"  saved: {out}/best, {out}/opt, {out}/result.json")
 
 
 def main():
     args = parse_args()
+    join_ranks(args.device)
     if args.model is not None:
         check_args(args)
         model, tokenizer = load_model(args.model, args.device, args.dtype,
