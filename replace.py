@@ -540,10 +540,11 @@ def run_search(args, model, tokenizer):
         "limit": args.limit, "whole": args.whole, "versions": versions()})
     scorer = Scorer(model, mixers, splits, metric, journal, args.allow_code_execution, args.plain)
     found, more = search(args, scorer, num_layers, given)
+    layers = [step.layer for step in found.steps]               # None where sets do not nest
     result = {
         "task": args.task, "metric": metric, "strategy": args.strategy, "p_base": found.p_base,
         "p_min": found.p_min,
-        "order": given or [step.layer for step in found.steps if step.layer is not None],
+        "order": given or ([] if None in layers else layers),
         "sets": [sorted(step.layers) for step in found.steps],
         "validation": [step.score for step in found.steps],
         "best": scorer.final(found.best), "opt": scorer.final(found.opt),

@@ -1633,6 +1633,337 @@ def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# The cheap search: what candidates share is run once, and nothing changes by a bit
+
+SEARCHED = {
+    "llama": lambda: transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 5}),
+    "qwen2": lambda: transformers.Qwen2Config(**{**SMALL, "num_hidden_layers": 4}),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=6, n_head=4, n_positions=64, bos_token_id=None,
+        eos_token_id=None),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"} | {"num_hidden_layers": 4}),
+    "gemma3": lambda: transformers.Gemma3TextConfig(        # two kinds of masks, sliding windows
+        **{**SMALL, "num_hidden_layers": 4}, head_dim=16, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2),
+    "falcon": lambda: transformers.FalconConfig(            # layers return tuples
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None),
+}
+
+
+def search_case(family, attn, kind, batch_size):
+    """A random model, its mixers, and items whose contexts and choices differ in length."""
+    model, rng = random_model(SEARCHED[family](), scale=2.0), random.Random(1)
+    text = lambda n: evaluation.demo_text(rng.randrange(64) for _ in range(n))
+    if kind == "generate":
+        task, docs = GENERATE_FILE, [{"prompt": text(rng.randint(3, 9)), "answer": "t1",
+                                      "max_tokens": 4} for _ in range(7)]
+    else:
+        longest = 1 if kind == "single" else 4
+        task, docs = CHOICE_FILE, [
+            {"context": text(rng.randint(3, 9)), "gold": rng.randrange(3),
+             "choices": [text(rng.randint(1, longest)) for _ in range(3)]} for _ in range(11)]
+    split = evaluation.Prepared(task, docs, model, evaluation.demo_tokenizer(), batch_size,
+                                whole=kind == "whole")
+    init = "random" if family == "falcon" else "inherit"    # its fused layout is not known
+    return model, shaken_mixers(model, attn, init), split
+
+
+class Calls:
+    """Counts the tokens that pass through each attention module, from outside."""
+
+    def __init__(self, model, mixers):
+        self.tokens, modules = 0, [*attention_modules(model), *mixers.values()]
+        self.handles = [m.register_forward_pre_hook(self.count, with_kwargs=True) for m in modules]
+
+    def count(self, module, args, kwargs):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self.tokens += hidden_states.shape[0] * hidden_states.shape[1]
+
+    def done(self):
+        for handle in self.handles:
+            handle.remove()
+        return self.tokens
+
+
+@pytest.mark.parametrize("kind", ("choices", "single", "generate", "whole"))
+@pytest.mark.parametrize("family", SEARCHED)
+def test_shared_layers_change_nothing(family, kind):
+    """Rounds with and without replaced layers, several batch sizes: the same outputs, bit for bit;
+    the counted forwards are those that happened."""
+    attn = list(MIXERS)[(list(SEARCHED).index(family) + len(kind)) % 3]
+    for batch_size, linear in ((1, [(0, 1)]), (4, [(), (1,)]), (32, [(0,)])):
+        model, mixers, split = search_case(family, attn, kind, batch_size)
+        assert evaluation.layers_can_be_shared(model, split, mixers)
+        for current in linear:
+            sets = [tuple(sorted((*current, layer))) for layer in mixers if layer not in current]
+            results = []
+            for plain in (False, True):
+                calls, cost = Calls(model, mixers), replace.collections.Counter()
+                scores = evaluation.evaluate_hybrids(model, split, mixers, sets, plain=plain,
+                                                     cost=cost)
+                assert calls.done() == cost["run"]
+                results.append(([score.outputs for score in scores], cost))
+            (shared, cheap), (whole, dear) = results
+            assert shared == whole and cheap["plain"] == dear["plain"] == dear["run"]
+            full, num_layers = [l for l in mixers if l not in current], len(mixers)
+            layers_run = max(full) + sum(num_layers - l for l in full)
+            assert cheap["run"] < cheap["plain"] and (kind == "generate" or cheap["run"] * len(
+                full) * num_layers == cheap["plain"] * layers_run)
+            assert len({str(outputs) for outputs in whole}) == len(sets) or kind == "generate"
+        assert not any("forward" in layer.__dict__ for layer in linear_attn.decoder_layers(model))
+
+
+def test_a_model_that_cannot_share_is_run_plainly(tmp_path):
+    """Layers that hand something past the hidden states to those above are found out."""
+    model, mixers, split = search_case("llama", "gdn", "choices", 4)
+    layers, passed = linear_attn.decoder_layers(model), {}
+
+    def hand_on(module, args, output):
+        passed["up"] = output.mean()
+
+    layers[0].register_forward_hook(hand_on)
+    layers[0].self_attn.register_forward_hook(lambda m, a, out: passed.update(inner=out[0].mean()))
+    layers[4].register_forward_hook(lambda m, a, out: out + passed.pop("inner", 0.0))
+    assert not evaluation.layers_can_be_shared(model, split, mixers)
+
+
+def test_layer_tokens_follow_the_arithmetic(lab, runs, tmp_path, monkeypatch, capsys):
+    """L + sum over rounds of (max C + sum over C of (L - l)) against L (1 + sum of |C|)."""
+    code, result, err = call(replace_command(lab, runs["gdn"], tmp_path, all=True), monkeypatch,
+                             capsys)
+    assert code == 0, err
+    full, run, plain = set(range(4)), 4, 4
+    for layer in result["order"]:
+        run += max(full) + sum(4 - l for l in full)
+        plain += 4 * len(full)
+        full.remove(layer)
+    cost = result["cost"]
+    assert cost["layer_tokens"] / cost["plain_layer_tokens"] == pytest.approx(run / plain, rel=1e-9)
+    assert f"{cost['saved']:.1%}" in err
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+@pytest.mark.parametrize("batch_size", (1, 8, 32))
+def test_slower_ways_give_the_same(lab, runs, attn, batch_size, tmp_path, monkeypatch, capsys):
+    """--plain: result.json but for its cost; --whole: order and accuracies. There are ties."""
+    found = {}
+    for name, flags in (("shared", {}), ("plain", {"plain": True}), ("whole", {"whole": True})):
+        words = replace_command(lab, runs[attn], tmp_path / name, all=True, batch_size=batch_size,
+                                limit=9, **flags)
+        code, _, err = call(words, monkeypatch, capsys)
+        assert code == 0, err
+        found[name], _ = result_of(tmp_path / name)
+    assert found["shared"] == found["plain"]
+    for key in ("order", "validation", "best", "opt", "test_base"):
+        assert found["shared"][key] == found["whole"][key], key
+    assert sum(step["ties"] for step in found["shared"]["steps"]) > 0
+
+
+def test_generation_searches_share_the_prompt(lab, runs, tmp_path, monkeypatch, capsys):
+    found = []
+    for name, flags in (("shared", {}), ("plain", {"plain": True})):
+        words = replace_command(lab, runs["jet"], tmp_path / name, all=True, **flags)
+        words[words.index("--task") + 1] = words[words.index("--test") + 1] = lab / "generate.jsonl"
+        code, _, err = call(words, monkeypatch, capsys)
+        assert code == 0, err
+        found.append(result_of(tmp_path / name))
+    (shared, cheap), (plain, dear) = found
+    assert shared == plain and cheap["layer_tokens"] < dear["layer_tokens"]
+
+
+def test_steps_carry_their_statistics(lab, runs, tmp_path, monkeypatch, capsys):
+    """Paired differences by hand from the journal's items."""
+    _, result, _ = call(replace_command(lab, runs["gla"], tmp_path, all=True), monkeypatch, capsys)
+    rows = [json.loads(x) for x in (tmp_path / "search.jsonl").read_text().splitlines()[1:]]
+    items = {tuple(r["layers"]): r["items"] for r in rows if r["split"] == "validation"}
+    done = ()
+    for step in result["steps"]:
+        chosen = tuple(sorted((*done, step["layer"])))
+        assert sum(items[chosen]) / 24 == pytest.approx(step["score"])
+        if step["runner_up"] is not None:
+            other = tuple(sorted((*done, step["runner_up"])))
+            gaps = [a - b for a, b in zip(items[chosen], items[other])]
+            mean = sum(gaps) / 24
+            assert step["difference"] == pytest.approx(mean)
+            assert step["difference_stderr"] == pytest.approx(
+                (sum((g - mean) ** 2 for g in gaps) / 23 / 24) ** 0.5)
+            assert step["flipped"] == sum(g != 0 for g in gaps)
+            rivals = [layer for layer in range(4) if layer not in chosen]
+            assert step["ties"] == sum(sum(items[tuple(sorted((*done, layer)))])
+                                       == sum(items[chosen]) for layer in rivals)
+        done = chosen
+    for name in ("best", "opt"):
+        assert result[name]["gap"] == result[name]["validation"] - result[name]["test"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The other strategies
+
+def test_strategies_on_one_journal(lab, runs, tmp_path, monkeypatch, capsys):
+    """Each gives what it says, and nothing is scored twice."""
+    def run(**flags):
+        code, result, err = call(replace_command(lab, runs["gdn"], tmp_path, all=True, **flags),
+                                 monkeypatch, capsys)
+        assert code == 0, err
+        journal = (tmp_path / "search.jsonl").read_text().splitlines()[1:]
+        sets = [(r["split"], tuple(r["layers"])) for r in map(json.loads, journal)]
+        assert len(sets) == len(set(sets))
+        return result, sum(split == "validation" for split, _ in sets), err
+
+    impact, _, err = run(order="impact")
+    assert impact["spearman"] is None and "first run --order greedy" in err
+    greedy, _, _ = run()
+    scores = {tuple(r["layers"]): r["score"] for r in map(json.loads, (
+        tmp_path / "search.jsonl").read_text().splitlines()[1:]) if r["split"] == "validation"}
+    local, _, _ = run(order="local")
+    assert local["order"] == sorted(range(4), key=lambda layer: (-scores[layer,], layer))
+    assert local["cost"]["evaluations"] == 1 + 4 + 3        # sets of one are in both halves
+    shuffled, count, _ = run(order="random", seed=3)
+    assert shuffled["order"] == random.Random(3).sample(range(4), 4)
+    even, _, _ = run(order="uniform")
+    assert even["sets"] == [[2], [1, 3], [0, 2, 3], [0, 1, 2, 3]] and even["order"] == []
+    again, total, err = run(order="impact")
+    ranks = {layer: impact["impact"][str(layer)]["impact"] for layer in range(4)}
+    assert again["impact"] == impact["impact"] and again["order"] == impact["order"] == sorted(
+        ranks, key=lambda layer: (ranks[layer], layer))
+    assert again["spearman"] is None or -1 <= again["spearman"] <= 1
+    assert "Spearman" in err
+    short, now, _ = run(budget=2)
+    assert short["order"] == greedy["order"][:2] and len(short["sets"]) == 2 and now == total
+
+
+def test_linear_probes():
+    """The solver stands at the optimum; a label that the states hold is found; equal modules have
+    an impact of 0, and one that lost the label has a large one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    states = F.one_hot(labels, 3).double() @ torch.randn(3, 8, generator=generator,
+                                                         dtype=torch.float64)
+    states = states + 0.1 * torch.randn(90, 8, generator=generator, dtype=torch.float64)
+    probe = replace.fit_probe(states[:45], labels[:45], 3)
+    assert probe(states[45:], labels[45:]) == 1.0
+    weight = dict(zip(probe.__code__.co_freevars, probe.__closure__))["logits"].cell_contents
+    weight = dict(zip(weight.__code__.co_freevars, weight.__closure__))["weight"].cell_contents
+    assert weight.grad.abs().max() < 1e-5
+    assert replace.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert replace.spearman([1, 2, 2, 4], [4, 3, 2, 1]) == pytest.approx(-0.9486832980505138)
+    assert replace.spearman([1, 1], [1, 2]) is None
+
+
+def test_impact_scores(lab, monkeypatch):
+    model, split = prepared(lab, "val", batch_size=5)
+    mixers, seen = distill.make_mixers(model, "gdn", [0, 1, 2, 3], "inherit", 0), {}
+    pooled = replace.pooled_outputs(model, mixers, split)
+    doc, tokenizer = split.docs[7], split.tokenizer
+    ids = torch.tensor([tokenizer.encode(doc["context"])])
+    distill.teacher_forward(model, ids, [2], lambda layer, hidden_states, full: seen.update(
+        full=full.mean(1), linear=mixers[2](hidden_states)[0].mean(1)))
+    for both, name in zip(pooled[2], ("full", "linear")):
+        assert relative(both[7].float(), seen[name][0].detach()) < 1e-5
+    monkeypatch.setattr(replace, "pooled_outputs", lambda *args: {
+        layer: (full, full) for layer, (full, _) in pooled.items()})
+    assert all(s["impact"] == 0 for s in replace.impact_scores(model, mixers, split, 0).values())
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes, and one at a time
+
+def start_ranks(count, words, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+         ROOT / words[0], *map(str, words[1:])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_ranks_share_a_search(lab, runs, tmp_path, monkeypatch, capsys):
+    """Two ranks, one of which dies, then three: order, scores and journal of one."""
+    words = lambda name: replace_command(lab, runs["gla"], tmp_path / name, all=True, batch_size=2)
+    code, _, err = call(words("one"), monkeypatch, capsys)
+    assert code == 0, err
+    process, journal = start_ranks(2, words("many")), tmp_path / "many" / "search.jsonl"
+    while not journal.exists() or len(journal.read_bytes().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode != 0
+    assert "what was saved before is intact" in err
+    process = start_ranks(3, words("many"))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert len(out.splitlines()) == 1 and json.loads(out)["cost"]["ranks"] == 3
+    assert result_of(tmp_path / "one")[0] == result_of(tmp_path / "many")[0]
+
+
+@pytest.mark.parametrize("shard", ("batch", "layers"))
+def test_ranks_share_a_distillation(lab, shard, tmp_path, monkeypatch, capsys):
+    words = lambda name, **flags: distill_command(lab, tmp_path / name, attn="jet", **flags)
+    assert call(words("one"), monkeypatch, capsys)[0] == 0
+    process = start_ranks(2, words("many", shard=shard))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    for layer in range(4):
+        a, b = (load_file(distill.layer_file(tmp_path / n, layer)) for n in ("one", "many"))
+        assert all(torch.equal(a[k], b[k]) if shard == "layers" else relative(b[k], a[k]) < 1e-3
+                   for k in a)
+    one, many = (distill.read_run(tmp_path / n)["held_out"]["end"] for n in ("one", "many"))
+    for layer in one:
+        assert many[layer]["mse"] == pytest.approx(one[layer]["mse"], rel=1e-5)
+    log = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+           for n in ("one", "many")]
+    assert [row.keys() for row in log[0]] == [row.keys() for row in log[1]]
+    for a, b in zip(*log):
+        if a["event"] == "train":
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_gradients_are_averaged_over_ranks(tmp_path):
+    """After one backward, every rank holds the gradient of the whole batch, to 1e-5."""
+    (tmp_path / "ranks.py").write_text("""
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, distill, eval as evaluation, test_all
+evaluation.join_ranks("cpu")
+model = test_all.random_model(test_all.FAMILIES["llama"]())
+mixers = {rows: distill.make_mixers(model, "gdn", [1], "inherit", 0)[1] for rows in ("own", "all")}
+batch, rank = test_all.tokens(6, 16), evaluation.rank()
+for rows, mixer in mixers.items():
+    def visit(layer, hidden_states, target):
+        with torch.enable_grad():
+            loss = (mixer(hidden_states)[0] - target).square().mean()
+            loss.backward()
+        if rows == "own":
+            distill.average_over_ranks(mixer, loss)
+    distill.teacher_forward(model, batch[rank::3] if rows == "own" else batch, [1], visit)
+for own, all_ in zip(*(m.parameters() for m in mixers.values())):
+    error = (own.grad - all_.grad).norm() / (all_.grad.norm() + 1e-12)
+    assert error < 1e-5, error
+print("equal", flush=True)
+""")
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+         tmp_path / "ranks.py", ROOT], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0 and process.stdout.count("equal") == 3, process.stderr
+
+
+def test_one_run_at_a_time(lab, runs, tmp_path, monkeypatch, capsys):
+    import fcntl
+    for words in (replace_command(lab, runs["gdn"], tmp_path / "a"),
+                  distill_command(lab, tmp_path / "b")):
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir()
+        with open(out / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            code, _, err = call(words, monkeypatch, capsys)
+            assert code == 2 and "another run is at work" in err
+        assert call(words, monkeypatch, capsys)[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit code 2, before any work
 
 def bad_files(path):
