@@ -303,7 +303,7 @@ class Task:
     name: str
     fields: tuple               # what every document must have
     prompt: Callable            # the text that the model continues
-    gold: Callable              # index of the right choice, or the reference; fails if it is bad
+    gold: Callable              # index or text of the right choice, or the reference; may fail
     metric: str                 # the one the paper most likely reports
     metrics: tuple = ()         # all that the harness prints; without any, just that one
     choices: Callable = None
@@ -340,10 +340,17 @@ class Task:
 
     def shot(self, doc):
         """A solved example. Where a target is empty the harness leaves out the blank line too."""
-        answer = self.target(doc) if self.target else self.choices(doc)[self.gold(doc)]
+        if not self.target and self.right(doc) is NEVER:
+            raise UserError(f"{place_of(doc)} cannot be a shot: none of its choices is right")
+        answer = self.target(doc) if self.target else self.choices(doc)[self.right(doc)]
         if self.target and not answer:
             return self.prompt(doc)
         return self.prompt(doc) + self.delimiter + answer + "\n\n"
+
+    def right(self, doc):
+        """Index of the right choice."""
+        gold, choices = self.gold(doc), self.choices(doc)
+        return choices.index(gold) if gold in choices else gold
 
     def limits(self, doc):  # an item of a JSON-lines file may bring its own
         return {"until": list(doc.get("stop", self.stop)),
@@ -365,7 +372,7 @@ class Task:
 
     def accuracy(self, doc, lls):
         """The first maximum wins. acc_norm is per character; an empty choice counts -inf."""
-        choices, gold = self.choices(doc), self.gold(doc)
+        choices, gold = self.choices(doc), self.right(doc)
         assert len(lls) == len(choices), f"{len(lls)} scores for {len(choices)} choices"
         with np.errstate(divide="ignore", invalid="ignore"):
             by = {"acc": lls, "acc_norm": lls / np.array([len(choice) for choice in choices])}
@@ -383,7 +390,8 @@ class Task:
         if missing:
             raise UserError(f"no field {missing[0]!r}; {self.name} needs {', '.join(self.fields)}")
         try:
-            requests, gold = self.requests(doc), self.gold(doc)
+            requests = self.requests(doc)
+            gold = self.right(doc) if self.choices else self.gold(doc)
         except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             reason = error if isinstance(error, ValueError) else repr(error)
             raise UserError(f"not a document of {self.name}: {reason}") from None
@@ -459,6 +467,10 @@ def gsm8k_judge(doc, text):
     right = gsm8k_bare(doc["answer"])
     return {f"exact_match,{name}": float(gsm8k_bare("".join(answer) or "[invalid]") == right)
             for name, answer in found.items()}
+
+
+def humaneval_test(doc):
+    return f"{doc['test']}\ncheck({doc['entry_point']})"
 
 
 def mbpp_tests(doc):
@@ -589,7 +601,7 @@ TASK_LIST = (
          metric="acc", **HIDDEN, short="BQ BoolQ", paper=paper(73.0, 78.5, 84.2)),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
          prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
-         choices=lambda doc: list("ABCDE"), gold=lambda doc: list("ABCDE").index(doc["answerKey"]),
+         choices=lambda doc: list("ABCDE"), gold=lambda doc: doc["answerKey"],
          metric="acc", **HIDDEN, short="CQ", paper=paper(75.2, 67.7, 77.2)),
     Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
          hub=("Rowan/hellaswag", None), prompt=hellaswag_prompt,
@@ -625,8 +637,8 @@ TASK_LIST = (
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
          prompt=lambda doc: doc["prompt"], gold=lambda doc: parsed(doc["test"]),
          stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_tokens=1024,
-         program=lambda doc, text: f"{doc['prompt']}{text}\n{doc['test']}\n"
-                                   f"check({doc['entry_point']})",
+         target=humaneval_test,
+         program=lambda doc, text: f"{doc['prompt']}{text}\n{humaneval_test(doc)}",
          metric="pass@1", splits=("test", "test"), shot_split=None,
          short="HumanEval HE", paper=paper(47.6, 51.2, 58.5)),
     # The paper says zero-shot, but its numbers need the harness's default of three fixed shots.
@@ -664,7 +676,7 @@ TASK_LIST = (
          prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"],
-         gold=lambda doc: ["yes", "no", "maybe"].index(doc["final_decision"]),
+         gold=lambda doc: doc["final_decision"],
          metric="acc", splits=("train+validation", "test"),
          short="PM PubMedQA", paper=paper(63.8, 69.8, 75.0)),
 )
