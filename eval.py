@@ -385,7 +385,7 @@ def fingerprint(model):
 # numbers can be compared (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks).
 
 MODELS = ("Qwen2.5-1.5B", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")
-NEVER = object()  # a gold answer that no choice can be
+NEVER = "none of the choices"  # the gold answer of an item that no model can get right
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ class Task:
     name: str
     fields: tuple               # what every document must have
     prompt: Callable            # the text that the model continues
-    gold: Callable              # index of the right choice, or the reference; fails if it is bad
+    gold: Callable              # index or text of the right choice, or the reference; may fail
     metric: str                 # the one the paper most likely reports
     metrics: tuple = ()         # all that the harness prints; without any, just that one
     choices: Callable = None
@@ -432,10 +432,17 @@ class Task:
 
     def shot(self, doc):
         """A solved example. Where a target is empty the harness leaves out the blank line too."""
-        answer = self.target(doc) if self.target else self.choices(doc)[self.gold(doc)]
+        if not self.target and self.right(doc) is NEVER:
+            raise UserError(f"{place_of(doc)} cannot be a shot: none of its choices is right")
+        answer = self.target(doc) if self.target else self.choices(doc)[self.right(doc)]
         if self.target and not answer:
             return self.prompt(doc)
         return self.prompt(doc) + self.delimiter + answer + "\n\n"
+
+    def right(self, doc):
+        """Index of the right choice."""
+        gold, choices = self.gold(doc), self.choices(doc)
+        return choices.index(gold) if gold in choices else gold
 
     def limits(self, doc):  # an item of a JSON-lines file may bring its own
         return {"until": list(doc.get("stop", self.stop)),
@@ -457,7 +464,7 @@ class Task:
 
     def accuracy(self, doc, lls):
         """The first maximum wins. acc_norm is per character; an empty choice counts -inf."""
-        choices, gold = self.choices(doc), self.gold(doc)
+        choices, gold = self.choices(doc), self.right(doc)
         assert len(lls) == len(choices), f"{len(lls)} scores for {len(choices)} choices"
         with np.errstate(divide="ignore", invalid="ignore"):
             by = {"acc": lls, "acc_norm": lls / np.array([len(choice) for choice in choices])}
@@ -475,7 +482,8 @@ class Task:
         if missing:
             raise UserError(f"no field {missing[0]!r}; {self.name} needs {', '.join(self.fields)}")
         try:
-            requests, gold = self.requests(doc), self.gold(doc)
+            requests = self.requests(doc)
+            gold = self.right(doc) if self.choices else self.gold(doc)
         except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
             reason = error if isinstance(error, ValueError) else repr(error)
             raise UserError(f"not a document of {self.name}: {reason}") from None
@@ -551,6 +559,10 @@ def gsm8k_judge(doc, text):
     right = gsm8k_bare(doc["answer"])
     return {f"exact_match,{name}": float(gsm8k_bare("".join(answer) or "[invalid]") == right)
             for name, answer in found.items()}
+
+
+def humaneval_test(doc):
+    return f"{doc['test']}\ncheck({doc['entry_point']})"
 
 
 def mbpp_tests(doc):
@@ -681,7 +693,7 @@ TASK_LIST = (
          metric="acc", **HIDDEN, short="BQ BoolQ", paper=paper(73.0, 78.5, 84.2)),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
          prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
-         choices=lambda doc: list("ABCDE"), gold=lambda doc: list("ABCDE").index(doc["answerKey"]),
+         choices=lambda doc: list("ABCDE"), gold=lambda doc: doc["answerKey"],
          metric="acc", **HIDDEN, short="CQ", paper=paper(75.2, 67.7, 77.2)),
     Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
          hub=("Rowan/hellaswag", None), prompt=hellaswag_prompt,
@@ -717,8 +729,8 @@ TASK_LIST = (
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
          prompt=lambda doc: doc["prompt"], gold=lambda doc: parsed(doc["test"]),
          stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_tokens=1024,
-         program=lambda doc, text: f"{doc['prompt']}{text}\n{doc['test']}\n"
-                                   f"check({doc['entry_point']})",
+         target=humaneval_test,
+         program=lambda doc, text: f"{doc['prompt']}{text}\n{humaneval_test(doc)}",
          metric="pass@1", splits=("test", "test"), shot_split=None,
          short="HumanEval HE", paper=paper(47.6, 51.2, 58.5)),
     # The paper says zero-shot, but its numbers need the harness's default of three fixed shots.
@@ -756,7 +768,7 @@ TASK_LIST = (
          prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"],
-         gold=lambda doc: ["yes", "no", "maybe"].index(doc["final_decision"]),
+         gold=lambda doc: doc["final_decision"],
          metric="acc", splits=("train+validation", "test"),
          short="PM PubMedQA", paper=paper(63.8, 69.8, 75.0)),
 )
@@ -1121,7 +1133,9 @@ class Prepared:
             self.of_doc.append(mine)
             self.groups += self._grouped(new, whole or task.generates)
         self.groups.sort(key=lambda group: -len(group.prefix))
-        self.batch_size, self.batches = batch_size, slices(self.groups, batch_size)
+        self.batch_size, self.batches = batch_size, slices(
+            self.groups, batch_size, lambda group: len(group.prefix),
+            math.inf if task.generates else padding_limit(model))
 
     def _request(self, ask, doc, limit):
         """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
@@ -1163,9 +1177,22 @@ class Prepared:
                       [[(group.prefix, group.members) for group in b] for b in self.batches])
 
 
-def slices(rows, size):
-    """Cut a list into lists of `size`."""
-    return [rows[i: i + size] for i in range(0, len(rows), size)]
+def slices(rows, size, length, padding):
+    """Cut a list, sorted by `length` from the longest, into lists of at most `size` rows and at
+    most `padding` positions that filling them up to one length would add."""
+    cut, added = [], 0
+    for row in rows:
+        added += length(cut[-1][0]) - length(row) if cut else 0
+        if not cut or len(cut[-1]) == size or added > padding:
+            cut.append([])
+            added = 0
+        cut[-1].append(row)
+    return cut
+
+
+def padding_limit(model):
+    """How many positions of padding cost about as much as one more forward."""
+    return 128 if model.device.type == "cpu" else 4096
 
 
 @contextlib.contextmanager
@@ -1240,17 +1267,17 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
     starts = real.int().argmax(1).tolist()
     for row, group in enumerate(groups):
         for i in group.members:
-            tokens, n = requests[i].tokens, requests[i].scored
-            for t in range(max(len(tokens) - n, 1), min(len(group.prefix) + 1, len(tokens))):
-                scored[row, starts[row] + t - 1] = True
-                asked.append(((row, starts[row] + t - 1), i, tokens[t]))
+            tokens, n, start = requests[i].tokens, requests[i].scored, starts[row] - 1
+            first, end = max(len(tokens) - n, 1), min(len(group.prefix) + 1, len(tokens))
+            scored[row, start + first: start + end] = True
+            asked += [((row, start + t), i, tokens[t]) for t in range(first, end)]
     sums = Sums()
     sums.of = {i: 0.0 for group in groups for i in group.members}
     log_probs = read(model, ids, scored, cache, real if masked else None,
                      (real.cumsum(1) - 1).clamp(min=0))
     sums.add(log_probs, numbered(asked, scored))
     going_on.sort(key=lambda tail: -len(tail[2]))
-    for tails in slices(going_on, batch_size):
+    for tails in slices(going_on, batch_size, lambda tail: len(tail[2]), padding_limit(model)):
         score_tails(model, requests, tails, cache, real if masked else None, sums)
     return sums.of
 
@@ -1262,9 +1289,9 @@ def score_tails(model, requests, tails, cache, prefix_mask, sums):
     ids, real = pad([tokens[:-1] for _, _, tokens in tails], left=False)
     scored, asked = torch.zeros_like(real), []
     for row, (_, i, tokens) in enumerate(tails):
-        for t in range(max(len(tokens) - requests[i].scored, 1), len(tokens)):
-            scored[row, t - 1] = True
-            asked.append(((row, t - 1), i, tokens[t]))
+        first = max(len(tokens) - requests[i].scored, 1)
+        scored[row, first - 1: len(tokens) - 1] = True
+        asked += [((row, t - 1), i, tokens[t]) for t in range(first, len(tokens))]
     mask = positions = None
     if prefix_mask is not None:
         prefix = prefix_mask[rows]                                          # [R, P]

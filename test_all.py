@@ -1116,6 +1116,26 @@ def test_mathqa():
     short = dict(doc, options="a ) 1 , b ) 2 , c: 3 , d ) 4 , e ) 5")
     TASKS["MathQA"].check(short)  # four options, the fifth is right: a miss, as in the harness
     assert TASKS["MathQA"].score(short, [0, 0, 0, 9]) == {"acc": 0.0, "acc_norm": 0.0}
+    with pytest.raises(UserError, match="cannot be a shot"):
+        TASKS["MathQA"].requests(doc, [short])
+    with pytest.raises(UserError, match="there are 0 choices"):
+        TASKS["MathQA"].check(dict(doc, options="1, 2, 3"))
+
+
+def test_a_right_choice_may_be_given_as_text():
+    """The harness takes a text for the choice that it is, and a shot then shows it."""
+    mmlu = {"question": "q", "choices": list("1234"), "answer": "B"}
+    boolq = {"passage": "p", "question": "q", "label": "yes"}
+    for task, doc in ((TASKS["MK"], mmlu), (TASKS["boolq"], boolq)):
+        task.check(doc)
+        assert task.score(doc, [-2, -1, -3, -4][:len(task.choices(doc))]) == {"acc": 1.0}
+    assert TASKS["MK"].requests(mmlu, [mmlu])[0][0].count("Answer: B\n\n") == 1
+
+
+def test_slices_bound_rows_and_padding():
+    cut = evaluation.slices([9, 9, 7, 7, 3, 3, 3, 3], 3, int, 4)
+    assert cut == [[9, 9, 7], [7, 3], [3, 3, 3]]
+    assert evaluation.slices([], 3, int, 4) == []
 
 
 def test_other_prompts():
