@@ -161,8 +161,8 @@ def pooled_outputs(model, mixers, prepared):
         prompts.append(request.tokens[: len(request.tokens) - request.scored])
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     pooled = {layer: ([None] * len(prompts), [None] * len(prompts)) for layer in mixers}
-    for rows in progress(slices(order, prepared.batch_size), desc="states", unit="batch",
-                         leave=False):
+    batches = slices(order, prepared.batch_size, lambda i: len(prompts[i]), math.inf)
+    for rows in progress(batches, desc="states", unit="batch", leave=False):
         ids, real = pad([prompts[i] for i in rows], left=False)
 
         def visit(layer, hidden_states, full):
@@ -202,7 +202,7 @@ def impact_scores(model, mixers, prepared, seed):
     """{layer: {"A_full", "A_linear", "A_cross", "impact"}}, impact = 1 - (A_linear + A_cross) /
     (2 A_full). Probes are fitted on one seeded half of the documents and scored on the other."""
     task = prepared.task
-    labels = [task.gold(doc) if task.choices else None for doc in prepared.docs]
+    labels = [task.right(doc) if task.choices else None for doc in prepared.docs]
     if not all(isinstance(label, int) for label in labels):
         raise UserError(f"--order impact needs a right choice in every document; {task.name} has "
                         "some without.")
