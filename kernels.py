@@ -605,9 +605,9 @@ def _level_decay(G, G_rows, rows, cols, level, stride, num_rows, num_cols):
 
 
 @_jit
-def _gla_chunk(q, k, g, P, G, T, H, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-               LEVELS: tl.constexpr, PREC: tl.constexpr):
-    """G, and P_ts = K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay differs by channel, so it
+def _gla_chunk(q, k, g, P, G, q_in, k_out, decay, T, H, K: tl.constexpr, BK: tl.constexpr,
+               C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts = K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay differs by channel, so it
     has to be split into a factor for q and one for k. One product per level does that for all
     pairs joined there; the diagonal has no decay.
     G is stored in units of 2^-18, in int32: fp32 would lose weak decays behind strong ones."""
@@ -623,6 +623,11 @@ def _gla_chunk(q, k, g, P, G, T, H, K: tl.constexpr, BK: tl.constexpr, C: tl.con
         tl.debug_barrier()                              # other threads read these rows of G below
         qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
         kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
+        G_end = tl.load(G + token + (tl.minimum(C, left) - 1) * stride + cols, mask=cols < K,
+                        other=0)
+        _store(q_in + token, qc * _exp_fixed(Gc) * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - Gc), rows, cols, stride, left, K)
+        tl.store(decay + (bh * tl.num_programs(1) + n) * K + cols, _exp_fixed(G_end), mask=cols < K)
         diagonal += tl.sum(qc * kc, 1)
         for level in range(LEVELS):
             decay = _level_decay(G + token, Gc, rows, cols, level, stride, left, K)
@@ -637,9 +642,9 @@ def _gla_chunk(q, k, g, P, G, T, H, K: tl.constexpr, BK: tl.constexpr, C: tl.con
 def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
           V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
           DELTA: tl.constexpr, PREC: tl.constexpr):
-    """The state, its outputs, and for the backward pass S at the chunks' starts and U. g is the log
-    decay (delta rule) or G (GLA, whose U is V). A program owns BV columns of the state, all K rows:
-    columns do not depend on each other."""
+    """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q, k
+    and g are q_in, k_out and exp(G_C) of _gla_chunk, and U is V. A program owns BV columns of the
+    state, all K rows: columns do not depend on each other."""
     blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
     bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
     cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
@@ -669,14 +674,9 @@ def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constex
             vc, u_out = u.to(vc.dtype), (to_end[:, None] * u).to(vc.dtype)
             state = tl.dot(tl.trans(kc), u_out, decay * state, input_precision=PREC)
         else:
-            G = _load(g + token * K, rows, keys, H * K, left, K)
-            G_end = tl.load(g + token * K + (tl.minimum(C, left) - 1) * H * K + keys,
-                            mask=keys < K, other=0)
-            q_in = (qc.to(tl.float32) * _exp_fixed(G) * K ** -0.5).to(qc.dtype)
-            k_out = (kc.to(tl.float32) * _exp_fixed(G_end[None, :] - G)).to(kc.dtype)
-            out = tl.dot(q_in, S0, input_precision=PREC)
-            state = tl.dot(tl.trans(k_out), vc, _exp_fixed(G_end)[:, None] * state,
-                           input_precision=PREC)
+            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
+            out = tl.dot(qc, S0, input_precision=PREC)
+            state = tl.dot(tl.trans(kc), vc, decay[:, None] * state, input_precision=PREC)
         out = tl.dot(_load(P + square, rows, rows, C, C, C), vc, out, input_precision=PREC)
         _store(o + token * V, out, rows, cols, H * V, left, V)
         token += C * H
@@ -688,7 +688,8 @@ def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K:
                    V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    DELTA: tl.constexpr, PREC: tl.constexpr):
     """The gradient of the state, from the last chunk to the first; dS of a chunk is that of the
-    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA."""
+    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q, k and g are
+    as in _scan."""
     blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
     bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
     cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
@@ -717,14 +718,9 @@ def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K:
             dstate = tl.dot(tl.trans(qc), do_in, last * dstate, input_precision=PREC)
             dstate = first * tl.dot(tl.trans(kc), du_in, dstate, input_precision=PREC)
         else:
-            G = _load(g + token * K, rows, keys, H * K, left, K)
-            G_end = tl.load(g + token * K + (tl.minimum(C, left) - 1) * H * K + keys,
-                            mask=keys < K, other=0)
-            q_in = (qc.to(tl.float32) * _exp_fixed(G) * K ** -0.5).to(qc.dtype)
-            k_out = (kc.to(tl.float32) * _exp_fixed(G_end[None, :] - G)).to(kc.dtype)
-            du = tl.dot(k_out, dS1, du, input_precision=PREC)
-            dstate = tl.dot(tl.trans(q_in), doc, _exp_fixed(G_end)[:, None] * dstate,
-                            input_precision=PREC)
+            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
+            du = tl.dot(kc, dS1, du, input_precision=PREC)
+            dstate = tl.dot(tl.trans(qc), doc, decay[:, None] * dstate, input_precision=PREC)
         _store(dU + token * V, du, rows, cols, H * V, left, V)
         token -= C * H
     if dstart is not None:
@@ -852,8 +848,8 @@ def _gla_gradients(q, k, v, G, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: 
         dkc += factor * tl.dot(tl.trans(pairs), qc * factor, input_precision=PREC)
     # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
     dG, to_end = qc * dqc - kc * dkc, kc * dk_out
-    later = tl.dot(tl.where(t <= s, 1.0, 0.0), dG, input_precision="tf32x3")
-    later = tl.dot(tl.where(t > s, 1.0, 0.0), to_end, later, input_precision="tf32x3")
+    later = tl.cumsum(dG, 0, reverse=True)
+    later = tl.dot(tl.where(t > s, 1.0, 0.0), to_end, later, input_precision=PREC)
     later += (_exp_fixed(G_end) * kept)[None, :]
     diagonal = tl.sum(tl.where(t == s, dP, 0.0), 1)[:, None]
     _store(dg + token * K, later, rows, keys, stride, left, K)
@@ -1019,27 +1015,21 @@ def _launch(kernel, grid, *args, **constants):
         kernel[grid](*args, **constants)
 
 
-CHUNK, LEVELS = 64, 6                                                       # 64 = 2^6
-
-
 def _padded(dim):
     """Head dim -> the width of a tile that holds it: a power of two that tl.dot takes."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _config(kernel, q, V):
-    """Tile sizes and launch options of a kernel."""
+def _config(q, V, delta):
+    """Tile sizes and launch options of the kernels of one call."""
     K, wide = q.shape[-1], q.dtype == torch.float32
-    config = dict(num_warps=4, num_stages=2, C=CHUNK, K=K)
-    if kernel is not _step:
-        config |= dict(PREC="tf32x3" if wide else "tf32")
-    BK, BV = min(64, _padded(K)), min(64, _padded(V))
-    if kernel in (_delta_chunk, _gla_chunk):
-        return config | dict(BK=BK, LEVELS=LEVELS)
-    if kernel in (_scan, _scan_backward):
-        return config | dict(V=V, KP=_padded(K), BV=BV)
-    config |= dict(V=V, BK=BK, BV=BV)
-    return config | dict(LEVELS=LEVELS) if kernel is _gla_gradients else config
+    BK, BV, C = min(64, _padded(K)), min(64, _padded(V)), 64
+    common = dict(C=C, K=K, PREC="tf32x3" if wide else "tf32", num_warps=8, num_stages=2)
+    scan = common | dict(V=V, KP=_padded(K), BV=BV, DELTA=delta)
+    levels = dict(LEVELS=C.bit_length() - 1)
+    return {"chunk": common | levels | dict(BK=BK),
+            "scan": scan, "scan_backward": scan,
+            "gradients": common | dict(V=V, BK=BK, BV=BV) | ({} if delta else levels)}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1050,48 +1040,50 @@ class _Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, save):
         (B, T, H, K), V, delta = q.shape, v.shape[-1], beta is not None
-        N, ctx.g_dtype = triton.cdiv(T, CHUNK), g.dtype
-        P = q.new_empty(B * H, N, CHUNK, CHUNK)
+        config = _config(q, V, delta)
+        C = config["chunk"]["C"]
+        N, G, inverse = triton.cdiv(T, C), None, None
+        P, scanned = q.new_empty(B * H, N, C, C), (q, k, g)
         if delta:
             inverse = torch.empty_like(P)
-            _launch(_delta_chunk, (B * H, N), q, k, g, beta, P, inverse, T, H,
-                    **_config(_delta_chunk, q, V))
+            _launch(_delta_chunk, (B * H, N), q, k, g, beta, P, inverse, T, H, **config["chunk"])
         else:
-            inverse, G = None, torch.empty_like(g, dtype=torch.int32)
-            _launch(_gla_chunk, (B * H, N), q, k, g, P, G, T, H, **_config(_gla_chunk, q, V))
-            g = G
+            G = torch.empty_like(g, dtype=torch.int32)
+            scanned = torch.empty_like(q), torch.empty_like(k), g.new_empty(B * H, N, K, dtype=torch.float32)
+            _launch(_gla_chunk, (B * H, N), q, k, g, P, G, *scanned, T, H, **config["chunk"])
         o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32)
         S = q.new_empty(B * H, N, K, V) if save else None
         U = torch.empty_like(v) if save and delta else None
-        config = _config(_scan, q, V)
-        _launch(_scan, (B * H * triton.cdiv(V, config["BV"]),), q, k, v, g, beta, P, inverse,
-                state, o, U, S, end, T, H, DELTA=delta, **config)
+        programs = B * H * triton.cdiv(V, config["scan"]["BV"])
+        qs, ks, gs = scanned
+        _launch(_scan, (programs,), qs, ks, v, gs, beta, P, inverse, state, o, U, S, end, T, H,
+                **config["scan"])
         if save:
+            ctx.config, ctx.programs, ctx.g_dtype = config, programs, g.dtype
             ctx.has_state = state is not None
-            ctx.save_for_backward(q, k, v, g, beta, P, inverse, S, U)
+            ctx.save_for_backward(q, k, v, G, beta, *scanned, P, inverse, S, U)
         return o, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dend):
-        q, k, v, g, beta, P, inverse, S, U = ctx.saved_tensors
-        (B, T, H, K), V, N, delta = q.shape, v.shape[-1], P.shape[1], beta is not None
+        q, k, v, G, beta, qs, ks, gs, P, inverse, S, U = ctx.saved_tensors
+        (_, T, H, K), (BH, N), config = q.shape, P.shape[:2], ctx.config
         do, dend = do.contiguous(), dend.contiguous()
         dU, dS = torch.empty_like(v), torch.empty_like(S)
         dstart = torch.empty_like(dend) if ctx.has_state else None
-        config = _config(_scan_backward, q, V)
-        _launch(_scan_backward, (B * H * triton.cdiv(V, config["BV"]),), q, k, g, beta, P, inverse,
-                do, dend, dU, dS, dstart, T, H, DELTA=delta, **config)
-        dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g, dtype=ctx.g_dtype)
-        if delta:
-            dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
-            _launch(_delta_gradients, (B * H, N), q, k, v, g, beta, do, U, dU, S, dS,
-                    dq, dk, dv, dg, dbeta, T, H, **_config(_delta_gradients, q, V))
+        _launch(_scan_backward, (ctx.programs,), qs, ks, gs, beta, P, inverse, do, dend,
+                dU, dS, dstart, T, H, **config["scan_backward"])
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        if beta is not None:
+            dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gs), torch.empty_like(beta)
+            _launch(_delta_gradients, (BH, N), q, k, v, gs, beta, do, U, dU, S, dS,
+                    dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
         else:
-            dv, dbeta = dU, None
-            config = _config(_gla_gradients, q, V)
-            _launch(_gla_gradients, (B * H * triton.cdiv(K, config["BK"]), N), q, k, v, g, do, S, dS,
-                    dq, dk, dg, T, H, **config)
+            dv, dg, dbeta = dU, torch.empty_like(G, dtype=ctx.g_dtype), None
+            blocks = triton.cdiv(K, config["gradients"]["BK"])
+            _launch(_gla_gradients, (BH * blocks, N), q, k, v, G, do, S, dS, dq, dk, dg, T, H,
+                    **config["gradients"])
         return dq, dk, dv, dg, dbeta, dstart, None
 
 
