@@ -21,14 +21,18 @@ decay of -inf, which forgets everything, is allowed.
 from __future__ import annotations
 
 import functools
+import os
+import sys
 
 import torch
 import torch.nn.functional as F
 
+if __name__ == "__main__" and "--compile" not in sys.argv and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are decorated, below
 try:
     import triton
     import triton.language as tl
-except ImportError:                     # no kernels then; all else works
+except ImportError:                             # no kernels then; all else works
     triton = None
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret        # TRITON_INTERPRET=1
 
@@ -491,8 +495,8 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 # to a power of two, at least 16 (what tl.dot takes), BK and BV tiles of K and V. Padded rows and
 # columns are loaded as zeros: a token with k, beta and g of 0 leaves the state as it is.
 # Products take their operands in the inputs' dtype and add up in fp32 on tensor cores; what is
-# delicate (the inverse, GLA's decayed q and k) is fp32, that is PREC: tf32 for 16-bit inputs,
-# three tf32 products, as good as fp32, for fp32 inputs. int64 where b and T meet: long inputs have
+# delicate (the inverse, GLA's decayed q and k) has fp32 operands, and PREC says how they are
+# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. int64 where b and T meet: long inputs have
 # more than 2^31 elements.
 
 _jit = (lambda function: function) if triton is None else triton.jit
@@ -605,8 +609,8 @@ def _level_decay(G, G_rows, rows, cols, level, stride, num_rows, num_cols):
 
 
 @_jit
-def _gla_chunk(q, k, g, P, G, q_in, k_out, decay, T, H, K: tl.constexpr, BK: tl.constexpr,
-               C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+def _gla_chunk(q, k, g, P, G, q_in, k_out, decays, T, H, K: tl.constexpr,
+               BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
     """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts = K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay differs by channel, so it
     has to be split into a factor for q and one for k. One product per level does that for all
     pairs joined there; the diagonal has no decay.
@@ -627,7 +631,8 @@ def _gla_chunk(q, k, g, P, G, q_in, k_out, decay, T, H, K: tl.constexpr, BK: tl.
                         other=0)
         _store(q_in + token, qc * _exp_fixed(Gc) * K ** -0.5, rows, cols, stride, left, K)
         _store(k_out + token, kc * _exp_fixed(G_end[None, :] - Gc), rows, cols, stride, left, K)
-        tl.store(decay + (bh * tl.num_programs(1) + n) * K + cols, _exp_fixed(G_end), mask=cols < K)
+        tl.store(decays + (bh * tl.num_programs(1) + n) * K + cols, _exp_fixed(G_end),
+                 mask=cols < K)
         diagonal += tl.sum(qc * kc, 1)
         for level in range(LEVELS):
             decay = _level_decay(G + token, Gc, rows, cols, level, stride, left, K)
@@ -728,11 +733,44 @@ def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K:
 
 
 @_jit
+def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.constexpr,
+                 V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                 PREC: tl.constexpr):
+    """Gradients by way of pairs of rows: dP . D, dA . D and what they add to dG and dbeta. P and A
+    are computed anew in fp32: rounded, they would spoil dG. Writes dv on the way."""
+    dP, dA = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    db = tl.zeros([C], tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        uc = _load(U, rows, cols, H * V, left, V)                           # [C,BV]
+        dRc = _load(dR, rows, cols, H * V, left, V)
+        dP = tl.dot(_load(do, rows, cols, H * V, left, V), tl.trans(uc), dP, input_precision=PREC)
+        dA = tl.dot(dRc, tl.trans(uc), dA, input_precision=PREC)            # of -A
+        dRc = dRc.to(tl.float32)
+        db += tl.sum(dRc * _load(v, rows, cols, H * V, left, V).to(tl.float32), 1)
+        _store(dv, b[:, None] * dRc, rows, cols, H * V, left, V)
+    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BK):
+        cols = start + tl.arange(0, BK)
+        qc = _load(q, rows, cols, H * K, left, K)                           # [C,BK]
+        kc = _load(k, rows, cols, H * K, left, K)
+        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
+        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
+    D, below = _pair_decay(whole, part, rows), rows[:, None] > rows[None, :]
+    dP = dP * D * K ** -0.5
+    dA = tl.where(below, -dA * D, 0.0)
+    db += tl.sum(dA * kk, 1)
+    dA *= b[:, None]
+    pairs = tl.where(below, dP * qk + dA * kk, 0.0)
+    return dP, dA, tl.sum(pairs, 1) - tl.sum(tl.trans(pairs), 1), db
+
+
+@_jit
 def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                      C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's inputs, as _DeltaRule.backward has them; what is left out of the sums
-    for dg is explained there. P and A are computed anew in fp32: rounded, they would spoil dg."""
+    for dg is explained there."""
     bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, left = tl.arange(0, C), T - n * C
     t, s = rows[:, None], rows[None, :]
@@ -741,41 +779,17 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
     whole, part, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
     from_start, decay = first * from_first, first * last
     b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-    # pairs of rows
-    dP, dA = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    db = tl.zeros([C], tl.float32)
-    for start in range(0, V, BV):
-        cols = start + tl.arange(0, BV)
-        uc = _load(U + token * V, rows, cols, H * V, left, V)               # [C,BV]
-        dRc = _load(dR + token * V, rows, cols, H * V, left, V)
-        doc = _load(do + token * V, rows, cols, H * V, left, V)
-        dP = tl.dot(doc, tl.trans(uc), dP, input_precision=PREC)
-        dA = tl.dot(dRc, tl.trans(uc), dA, input_precision=PREC)            # of -A
-        vc = _load(v + token * V, rows, cols, H * V, left, V).to(tl.float32)
-        db += tl.sum(dRc.to(tl.float32) * vc, 1)
-        _store(dv + token * V, b[:, None] * dRc.to(tl.float32), rows, cols, H * V, left, V)
-    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for start in range(0, K, BK):
-        cols = start + tl.arange(0, BK)
-        qc = _load(q + token * K, rows, cols, H * K, left, K)               # [C,BK]
-        kc = _load(k + token * K, rows, cols, H * K, left, K)
-        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
-        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
-    D = _pair_decay(whole, part, rows)
-    dP = dP * D * K ** -0.5
-    dA = tl.where(t > s, -dA * D, 0.0)
-    db += tl.sum(dA * kk, 1)
-    dA *= b[:, None]
-    pairs = tl.where(t > s, dP * qk + dA * kk, 0.0)
-    dG = tl.sum(pairs, 1) - tl.sum(tl.trans(pairs), 1)
+    dP, dA, dG, db = _delta_pairs(
+        q + token * K, k + token * K, v + token * V, U + token * V, dR + token * V, do + token * V,
+        dv + token * V, whole, part, b, rows, left, H, K, V, BK, BV, C, PREC)
     dP, dA = dP.to(q.dtype.element_ty), (dA + tl.trans(dA)).to(q.dtype.element_ty)
     # each row and the state
     in_sum, out_sum = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     kept = tl.zeros([BK], tl.float32)                                       # <dS, S>
     for start in range(0, K, BK):
         keys = start + tl.arange(0, BK)
-        dqc, dk_in, dk_out = (tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32),
-                              tl.zeros([C, BK], tl.float32))
+        dqc, dk_in = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        dk_out = tl.zeros([C, BK], tl.float32)
         for start_v in range(0, V, BV):
             cols = start_v + tl.arange(0, BV)
             S0 = _load(S + border, keys, cols, V, K, V)                     # [BK,BV]
@@ -1020,16 +1034,42 @@ def _padded(dim):
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def _is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _config(q, V, delta):
-    """Tile sizes and launch options of the kernels of one call."""
-    K, wide = q.shape[-1], q.dtype == torch.float32
-    BK, BV, C = min(64, _padded(K)), min(64, _padded(V)), 64
-    common = dict(C=C, K=K, PREC="tf32x3" if wide else "tf32", num_warps=8, num_stages=2)
-    scan = common | dict(V=V, KP=_padded(K), BV=BV, DELTA=delta)
+    """Tile sizes and launch options of the four kernels of a call. Picked so that nothing spills
+    and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
+    run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
+    (B, _, H, K), hopper = q.shape, _is_hopper(q.device)
+    KP, VP, C, precision, stages = _padded(K), _padded(V), 64, "tf32", 2
+    if q.dtype == torch.float32:
+        # full products without tensor cores, for exactness; their operands fill the registers
+        C, precision, stages = 32 if KP <= 64 else 16, "ieee", 1
+        chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
+    elif hopper:
+        # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
+        # room for 32 columns. With fewer programs than processors, narrow ones are the faster.
+        wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
+        chunk = (64, 4) if delta else (32, 8)
+        scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
+        gradients = (64 if delta and KP > 64 else 32, 64, 8)
+    else:
+        # mma.sync keeps its operands in registers, so tiles are smaller; everything fits the 99 KB
+        # of consumer cards too
+        chunk = (64, 4) if delta else (32, 8)
+        scan = (16 if KP > 128 else 32, 4 if KP <= 64 else 8)
+        gradients = (32, 32, 8)
+    common = dict(C=C, K=K, PREC=precision, num_stages=stages)
     levels = dict(LEVELS=C.bit_length() - 1)
-    return {"chunk": common | levels | dict(BK=BK),
-            "scan": scan, "scan_backward": scan,
-            "gradients": common | dict(V=V, BK=BK, BV=BV) | ({} if delta else levels)}
+    scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1])
+    gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
+                              num_warps=gradients[2]) | ({} if delta else levels)
+    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1])
+    if not delta:
+        chunk["num_stages"] = 1     # a prefetched read of G could overtake the write before it
+    return {"chunk": chunk, "scan": scan, "gradients": gradients}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1073,7 +1113,7 @@ class _Kernels(torch.autograd.Function):
         dU, dS = torch.empty_like(v), torch.empty_like(S)
         dstart = torch.empty_like(dend) if ctx.has_state else None
         _launch(_scan_backward, (ctx.programs,), qs, ks, gs, beta, P, inverse, do, dend,
-                dU, dS, dstart, T, H, **config["scan_backward"])
+                dU, dS, dstart, T, H, **config["scan"])
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         if beta is not None:
             dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gs), torch.empty_like(beta)
@@ -1118,38 +1158,561 @@ class _ConvKernels(torch.autograd.Function):
         dkernel = (torch.empty_like(kernel) if per_token else
                    x.new_empty(B * blocks, W, D, dtype=torch.float32))
         _launch(_conv_backward, (triton.cdiv(D, 64), blocks, B), x, kernel, cache, dy.contiguous(),
-                dx, dkernel, dcache, T, D, **ctx.constants)
+                dx, dkernel, dcache, T, D, **ctx.constants | dict(num_warps=8))
         if not per_token:
             dkernel = dkernel.sum(0).to(kernel.dtype)
         return dx, dkernel, dcache, None
 
 
-def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, backend="auto"):
-    """A few tokens of decoding, without gradients: the delta rule, or GLA where beta is None.
-
-    Shapes and results as `gated_delta_rule` and `gated_linear_attention`. With `inplace` the new
-    state is written over initial_state and returned; otherwise initial_state is left as it is.
-    """
-    delta, dims = beta is not None, (q.shape[-1], v.shape[-1])
-    _check(q, k, v, g, beta, initial_state, q.shape[:3] if delta else q.shape)
-    if inplace and (initial_state is None or initial_state.dtype != _compute_dtype(q)):
-        raise ValueError(f"inplace needs an initial_state of {_compute_dtype(q)}")
-    if not _use_triton(backend, q, *dims):
-        with torch.no_grad():
-            if delta:
-                o, S = gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
-            else:
-                o, S = gated_linear_attention_recurrent(q, k, v, g, initial_state)
-        return o, initial_state.copy_(S) if inplace else S
+def _run_step(q, k, v, g, beta, state, end):
+    """Launch the recurrence; the final state goes to `end`, a new tensor if None."""
     (B, T, H, K), V = q.shape, v.shape[-1]
-    state = None if initial_state is None else initial_state.float()
-    if inplace and not state.is_contiguous():
-        raise ValueError("inplace needs a contiguous initial_state")
     q, k, v, g, beta, state = (x if x is None else x.detach().contiguous()
                                for x in (q, k, v, g, beta, state))
     o = torch.empty_like(v)
-    end = state if inplace else q.new_empty(B, H, K, V, dtype=torch.float32)
-    BV = 8
+    if end is None:
+        end = q.new_empty(B, H, K, V, dtype=torch.float32)
+    # the state's traffic is all the time there is: at small batches many narrow programs ask for
+    # it at once (8 columns are one 32-byte sector), at large ones rows of 128 bytes are best
+    BV, warps = (8, 1) if B * H * V < 8192 else (32, 4)
     _launch(_step, (B * H * triton.cdiv(V, BV),), q, k, v, g, beta, state, o, end, T, H, K=K, V=V,
-            KP=_padded(K), BV=BV, DELTA=delta, num_warps=1)
-    return o, initial_state if inplace else end
+            KP=_padded(K), BV=BV, DELTA=beta is not None, num_warps=warps)
+    return o, end
+
+
+def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, backend="auto"):
+    """A few tokens of decoding, without gradients: the delta rule, or GLA where beta is None.
+
+    Shapes and results as `gated_delta_rule` and `gated_linear_attention`. With `inplace` the final
+    state is written over initial_state, which then is what comes back; otherwise initial_state
+    stays as it is, so that it can be forked. ValueError if a shape does not fit, or if inplace
+    cannot be done. In a CUDA graph as it is: one launch, nothing waits for the GPU.
+    Equivalent to: gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
+    """
+    delta = beta is not None
+    _check(q, k, v, g, beta, initial_state, q.shape[:3] if delta else q.shape)
+    if inplace and (initial_state is None or initial_state.dtype != _compute_dtype(q)
+                    or not initial_state.is_contiguous()):
+        raise ValueError(f"inplace needs a contiguous initial_state of {_compute_dtype(q)}")
+    with torch.no_grad():
+        if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
+            state = initial_state if initial_state is None else initial_state.float()
+            return _run_step(q, k, v, g, beta, state, state if inplace else None)
+        if delta:
+            o, S = gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
+        else:
+            o, S = gated_linear_attention_recurrent(q, k, v, g, initial_state)
+        return o, initial_state.copy_(S) if inplace else S
+
+
+# -----------------------------------------------------------------------------
+# python kernels.py: the check
+
+# relative RMS error against the fp64 loop on the same, rounded inputs
+TOLERANCES = {torch.float32: (1e-5, {"dg": 2e-4}), torch.float16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2}),
+              torch.bfloat16: (5e-3, {"dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dx": 8e-3, "dkernel": 8e-3,
+                                      "dg": 2e-2, "dbeta": 2e-2})}
+
+
+def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
+    """{name: tensor} of an op's inputs. q, k, v or x in `dtype`; gates, beta and states in fp32."""
+    draw = torch.Generator().manual_seed(T)
+    normal = lambda *shape: torch.randn(shape, generator=draw)
+    uniform = lambda *shape: torch.rand(shape, generator=draw)
+    if op == "causal_conv":
+        inputs = dict(x=normal(B, T, K), kernel=normal(*((4, K) if decay == "static" else
+                                                        (B, T, 4, K))), cache=normal(B, 3, K))
+        return {name: x.to(device, dtype) for name, x in inputs.items()}
+    delta = op == "gated_delta_rule"
+    g = -(20.0 if delta else 5.0) * uniform(B, T, H, *(() if delta else (K,)))
+    g = {"strong": g, "mild": g / 100, "none": g * 0}[decay]
+    inputs = dict(q=normal(B, T, H, K), k=F.normalize(normal(B, T, H, K), dim=-1),
+                  v=normal(B, T, H, V), g=g)
+    if delta:
+        inputs["beta"] = uniform(B, T, H)
+    inputs["state"] = normal(B, H, K, V)
+    return {name: x.to(device, dtype if name in "qkv" else torch.float32)
+            for name, x in inputs.items()}
+
+
+def _outputs_and_grads(function, inputs, out_grads=None):
+    """{"o", "state", "dq", ...} of function(*inputs); without out_grads no gradients."""
+    leaves = [x.detach().requires_grad_(out_grads is not None) for x in inputs.values()]
+    outputs = function(*leaves)
+    results = dict(zip(("o", "state"), outputs))
+    if out_grads is not None:
+        grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
+        results |= {"d" + name: x for name, x in zip(inputs, grads)}
+    return results
+
+
+def _check_case(op, shape, decay, dtype, device):
+    """{tensor: (relative RMS error, relative maximum error)} of the kernels, forwards, backwards
+    and, without gradients, of the step."""
+    inputs = _random_inputs(op, *shape, decay, dtype, device)
+    exact = {name: x.double() for name, x in inputs.items()}
+    if op == "causal_conv":
+        ours = lambda *x: causal_conv(*x, activation="silu", backend="triton")
+        loop = lambda *x: causal_conv(*x, activation="silu", backend="torch")
+    else:
+        ours = lambda *x: globals()[op](*x, backend="triton")
+        loop = globals()[op + "_recurrent"]
+    out_grads = [torch.randn_like(x) for x in loop(*exact.values())]
+    expected = _outputs_and_grads(loop, exact, out_grads)
+    results = _outputs_and_grads(ours, inputs, out_grads)
+    if op != "causal_conv":
+        x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
+        o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
+                                  backend="triton")
+        results |= {"step o": o, "step state": state}
+        expected |= {"step o": expected["o"], "step state": expected["state"]}
+    errors = {}
+    for name, y in expected.items():
+        difference = (results[name].double() - y).abs()
+        errors[name] = ((difference.norm() / y.norm().clamp(min=1e-30)).item(),
+                        (difference.max() / y.abs().max().clamp(min=1e-30)).item())
+    return errors
+
+
+def check(device):
+    """Every op against its loop in fp64; prints the worst errors over all cases beside their
+    tolerance. Returns how many tensors were checked and how many failed (NaN fails)."""
+    on_gpu, worst, cases = device == "cuda", {}, 0
+    shapes = [(2, 17, 1, 16, 16), (1, 65, 3, 24, 40)]
+    if on_gpu:
+        shapes += [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
+                   (1, 200, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64)]
+    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * on_gpu
+    for dtype in dtypes:
+        for op in ("gated_delta_rule", "gated_linear_attention", "causal_conv"):
+            for shape in shapes:
+                for decay in (("static", "per token") if op == "causal_conv" else
+                              ("strong", "mild", "none") if on_gpu else ("strong", "mild")):
+                    for name, errors in _check_case(op, shape, decay, dtype, device).items():
+                        worst.setdefault((op, dtype, name), []).append(errors)
+                        cases += 1
+    print(f"{'op':24}{'inputs':10}{'tensor':12}{'rms error':>10}{'tolerance':>11}{'max error':>11}")
+    failures = 0
+    for (op, dtype, name), errors in worst.items():
+        default, special = TOLERANCES[dtype]
+        tolerance = special.get(name, default)
+        rms, largest = (max(x, key=lambda e: (e != e, e)) for x in zip(*errors))   # NaN is largest
+        failed = not rms <= tolerance
+        failures += failed
+        print(f"{op:24}{str(dtype)[6:]:10}{name:12}{rms:10.1e}{tolerance:11.0e}{largest:11.1e}"
+              + ("  FAILED" if failed else ""))
+    return cases, failures
+
+
+# -----------------------------------------------------------------------------
+# python kernels.py --compile: registers, spills and shared memory, without a GPU
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}           # per block, by sm_XX
+
+
+def _recorded_launches(arch):
+    """(kernel, arguments, constants) of all launches of the ops, at the head dims where the
+    configurations differ: the ops run on tensors without data, and launch into a list."""
+    global _launch, _is_hopper
+    launches = []
+    launch, is_hopper = _launch, _is_hopper
+    _launch = lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
+    _is_hopper = lambda device: arch == 90
+    tensor = lambda *shape, dtype=torch.float32: torch.empty(
+        shape, dtype=dtype, device="meta", requires_grad=True)
+    bf16, fp32, T = torch.bfloat16, torch.float32, 4096
+    for dtype, B, H, K, V in ((bf16, 2, 16, 64, 64), (bf16, 2, 64, 64, 64), (bf16, 2, 16, 128, 128),
+                              (bf16, 2, 64, 128, 128), (bf16, 2, 16, 96, 256),
+                              (bf16, 2, 16, 256, 256), (fp32, 2, 16, 64, 64)):
+        q, k, v = (tensor(B, T, H, D, dtype=dtype) for D in (K, K, V))
+        g, beta, state = tensor(B, T, H), tensor(B, T, H), tensor(B, H, K, V)
+        for gates in ((g, beta), (tensor(B, T, H, K), None)):
+            outputs = _run_kernels(q, k, v, *gates, state)
+            torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+            _run_step(q[:, :1], k[:, :1], v[:, :1], *(x if x is None else x[:, :1] for x in gates),
+                      state, None)
+    x = tensor(2, T, 1024, dtype=bf16)
+    for kernel in (tensor(4, 1024, dtype=bf16), tensor(2, T, 4, 1024, dtype=bf16)):
+        y = _ConvKernels.apply(x, kernel, tensor(2, 3, 1024, dtype=bf16), "silu")
+        y.backward(torch.empty_like(y))
+    _launch, _is_hopper = launch, is_hopper
+    return launches
+
+
+def _compile_job(kernel, args, constants, arch):
+    """A launch as what triton.compile takes, all of it picklable: the signature, the constants,
+    which arguments are divisible by 16 (as for a launch on a GPU), the options."""
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    constants = dict(constants)
+    options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
+    values = dict(zip(kernel.arg_names, args))
+    constants |= {name: None for name, x in values.items() if x is None}
+    signature = {name: "constexpr" if name in constants else
+                 "i32" if isinstance(values[name], int) else names[values[name].dtype]
+                 for name in kernel.arg_names}
+    divisible = [i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+                 and (signature[name] != "i32" or values[name] % 16 == 0)]
+    return kernel.__name__, signature, constants, divisible, options, arch
+
+
+def _compile(job):
+    """One row of the table: what the assembler says about a kernel."""
+    import os
+    import re
+    import subprocess
+    import tempfile
+    name, signature, constants, divisible, options, arch = job
+    from triton.backends.compiler import GPUTarget
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(ptx)
+        said = subprocess.run([
+            triton.knobs.nvidia.ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
+            f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
+    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
+                                       said.stderr).groups())
+    tile = " ".join(f"{x}={constants[x]}" for x in ("C", "K", "V", "BK", "BV", "BT", "BD", "DELTA",
+                                                    "PER_TOKEN") if x in constants)
+    kinds = [kind for kind, sign in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync"))
+             if sign in ptx]
+    return dict(arch=f"sm_{arch}", kernel=name.strip("_"),
+                inputs=next(iter(signature.values())).strip("*"), tile=tile,
+                warps=options["num_warps"], registers=int(re.search(r"Used (\d+)", said.stderr)[1]),
+                spills=max(stores, loads), shared_kb=compiled.metadata.shared / 1024,
+                matrix="+".join(kinds) or "none")
+
+
+def compile_all(archs):
+    """Compiles each kernel at each launch configuration it uses; prints the table. Returns its
+    rows and how many of them spill more than 64 bytes or ask for more shared memory than there is."""
+    from concurrent.futures import ProcessPoolExecutor
+    jobs = {}
+    for arch in archs:
+        for launch in _recorded_launches(arch):
+            job = _compile_job(*launch, arch)
+            jobs[str(job)] = job                                            # each once
+    rows, failures = [], 0
+    print(f"{'chip':7}{'kernel':17}{'inputs':7}{'tiles':46}{'warps':>5}{'registers':>10}"
+          f"{'spilled B':>10}{'shared KB':>10}  matrix instructions")
+    with ProcessPoolExecutor() as pool:
+        for row in pool.map(_compile, jobs.values()):
+            failed = row["spills"] > 64 or row["shared_kb"] > SHARED_KB[int(row["arch"][3:])]
+            failures += failed
+            rows.append(row)
+            print(f"{row['arch']:7}{row['kernel']:17}{row['inputs']:7}{row['tile']:46}"
+                  f"{row['warps']:5}{row['registers']:10}{row['spills']:10}{row['shared_kb']:10.1f}"
+                  f"  {row['matrix']}" + ("  FAILED" if failed else ""), flush=True)
+    return rows, failures
+
+
+# -----------------------------------------------------------------------------
+# python kernels.py on a GPU: the benchmark
+
+OPS = ("gated_delta_rule", "gated_linear_attention")
+GOALS = ((4, 2048, 16, 128), (8, 1024, 8, 64), (2, 16384, 16, 128), (1, 8192, 96, 128))  # B T H K=V
+
+
+def cost(op, B, T, H, K, V, backward=False):
+    """(bytes, FLOPs) of a call in bf16 with fp32 gates. Bytes: inputs read and outputs written once,
+    the least there can be. FLOPs: the matrix products that the kernels do, chunks of C = 64:
+        delta, forwards   chunk 4CK + 20CC (the inverse)      scan 6KV + 4CV          per token
+        GLA, forwards     chunk 12CK (6 levels)               scan 4KV + 2CV
+        delta, backwards  scan 6KV + 4CV                      gradients 6KV + 4CV + 10CK
+        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 26CK"""
+    delta, C, tokens = op == "gated_delta_rule", 64, B * T * H
+    gates = 8 if delta else 4 * K
+    memory, flops = 2 * (2 * K + 2 * V) + gates, (
+        4 * C * K + 20 * C * C + 6 * K * V + 4 * C * V if delta else
+        12 * C * K + 4 * K * V + 2 * C * V)
+    if backward:
+        memory += 2 * (4 * K + 3 * V) + 2 * gates
+        flops += (12 * K * V + 8 * C * V + 10 * C * K if delta else
+                  8 * K * V + 2 * C * V * (1 + K / 32) + 26 * C * K)
+    return tokens * memory, tokens * flops
+
+
+def _turns(functions, bench):
+    """{name: [median, p20, p80] in ms}. The functions take turns, three times, so that a card that
+    warms up treats all alike. NaN where one runs out of memory."""
+    rounds = {name: [] for name in functions}
+    for _ in range(3):
+        for name, function in functions.items():
+            try:
+                rounds[name].append(bench(function, quantiles=(0.5, 0.2, 0.8)))
+            except torch.cuda.OutOfMemoryError:
+                rounds[name].append([float("nan")] * 3)
+    return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+
+
+def _providers(op, with_torch):
+    """{name: function of the op's inputs that returns o}: ours, fla's if installed, the torch form,
+    and the softmax attention that the op stands in for."""
+    def attention(q, k, v, *gates):
+        return F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    ours = globals()[op]
+    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.gla import chunk_gla
+        theirs = chunk_gated_delta_rule if op == OPS[0] else chunk_gla
+        providers["fla"] = lambda *x: theirs(*x, output_final_state=True)[0]
+    except ImportError:
+        pass
+    if with_torch:
+        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
+    return providers | {"sdpa": attention}
+
+
+def _bench_inputs(op, B, T, H, K, V):
+    inputs = _random_inputs(op, B, T, H, K, V, "mild", torch.bfloat16, "cuda")
+    inputs.pop("state")
+    return [x.requires_grad_() for x in inputs.values()]
+
+
+def _both_ways(function, inputs):
+    """function, forwards and backwards. Attention has no use for the gates."""
+    do = torch.randn_like(inputs[2])
+    return lambda: torch.autograd.grad(function(*inputs), inputs, do, allow_unused=True)
+
+
+def _peak_memory(function):
+    """Megabytes that a call adds at its worst moment."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+
+def bench_op(section, op, shape, with_torch, limits):
+    """Rows of one op at one shape, both directions, printed as they come."""
+    from triton.testing import do_bench
+    inputs, rows = _bench_inputs(op, *shape), []
+    providers = _providers(op, with_torch)
+
+    def forward(function):
+        with torch.no_grad():
+            return function(*inputs)
+
+    for direction in ("forward", "forward+backward"):
+        backward = direction != "forward"
+        calls = {name: _both_ways(f, inputs) if backward else lambda f=f: forward(f)
+                 for name, f in providers.items()}
+        times = _turns(calls, do_bench)
+        size, flops = cost(op, *shape, backward=backward)
+        for name, (median, p20, p80) in times.items():
+            row = dict(section=section, op=op, direction=direction, provider=name,
+                       **dict(zip("BTHKV", shape)), ms=median, p20=p20, p80=p80)
+            if name in ("ours", "fla") and median == median:
+                row["peak_mb"] = _peak_memory(calls[name])
+            if name == "ours":
+                row |= dict(bytes=size, flops=flops, of_copy=size / median / 1e6 / limits["gb_s"],
+                            of_matrix=flops / median / 1e9 / limits["tflop_s"])
+            rows.append(row)
+        ours, more = times["ours"][0], rows[-len(times)]
+        line = "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
+                         for name, (x, low, high) in times.items())
+        print(f"{op:23}{str(list(shape)):24}{direction:17} {line}  "
+              f"{more['of_copy']:.0%} of copy, {more['of_matrix']:.0%} of matmul"
+              + (f", {ours / times['fla'][0]:.2f} of fla" if "fla" in times else ""), flush=True)
+    return rows
+
+
+def bench_decode(T):
+    """One token: our step, fla's, and attention with a cache of T tokens; as CUDA graphs, because
+    at this size a launch from Python takes longer than the kernel."""
+    from triton.testing import do_bench_cudagraph
+    B, H, K, rows = 8, 16, 128, []
+    for op in OPS:
+        inputs = _random_inputs(op, B, 1, H, K, K, "mild", torch.bfloat16, "cuda")
+        q, k, v, g, state = (inputs[name] for name in ("q", "k", "v", "g", "state"))
+        beta = inputs.get("beta")
+        keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
+        calls = {"ours": lambda: recurrent_step(q, k, v, g, beta, state, inplace=True,
+                                                backend="triton"),
+                 "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
+        try:
+            from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+            from fla.ops.gla import fused_recurrent_gla
+            gates = dict(g=g, beta=beta) if op == OPS[0] else dict(gk=g)
+            theirs = fused_recurrent_gated_delta_rule if op == OPS[0] else fused_recurrent_gla
+            calls["fla"] = lambda: theirs(q, k, v, **gates, initial_state=state,
+                                          output_final_state=True)
+        except ImportError:
+            pass
+        with torch.no_grad():
+            times = _turns(calls, do_bench_cudagraph)
+        print(f"{op:23}cache {T:6}  " + "  ".join(f"{x} {t[0] * 1e3:.1f} us" for x, t in times.items()))
+        rows += [dict(section="decode", op=op, direction="step", provider=name, B=B, T=T, H=H, K=K,
+                      V=K, ms=x[0], p20=x[1], p80=x[2]) for name, x in times.items()]
+    return rows
+
+
+def bench_jet():
+    """JetBlock's two ops, forwards and backwards: a kernel per token, then the delta rule."""
+    from triton.testing import do_bench
+    B, T, H, K, V = shape = 4, 2048, 12, 96, 256
+    inputs = _bench_inputs(OPS[0], *shape)
+    kernel = torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def layer(conv_backend, rule):
+        def run(q, k, v, g, beta, kernel):
+            v, _ = causal_conv(v.flatten(2), kernel, None, "silu", conv_backend)
+            return rule(q, k, v.unflatten(2, (H, V)), g, beta)
+        return run
+
+    rules = _providers(OPS[0], with_torch=False)
+    calls = {"ours": layer("triton", rules["ours"])}
+    if "fla" in rules:
+        calls["fla + torch conv"] = layer("torch", rules["fla"])
+    times = _turns({name: _both_ways(f, [*inputs, kernel]) for name, f in calls.items()}, do_bench)
+    print("jet, conv and rule     " + "  ".join(f"{name} {x[0]:.3f} ms" for name, x in times.items()))
+    return [dict(section="jet", op="conv+rule", direction="forward+backward", provider=name,
+                 **dict(zip("BTHKV", shape)), ms=x[0], p20=x[1], p80=x[2])
+            for name, x in times.items()]
+
+
+def measured_limits():
+    """What this card reaches: GB/s of a large copy (read + write), TFLOP/s of a large bf16 product."""
+    from triton.testing import do_bench
+    x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    y, a = torch.empty_like(x), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = do_bench(lambda: y.copy_(x), return_mode="median")
+    product = do_bench(lambda: a @ a, return_mode="median")
+    return dict(gb_s=2 * x.numel() / copy / 1e6, tflop_s=2 * 8192 ** 3 / product / 1e9)
+
+
+def benchmark():
+    """All sections; returns the limits and the rows."""
+    limits, rows = measured_limits(), []
+    print(f"this card copies {limits['gb_s']:.0f} GB/s and multiplies {limits['tflop_s']:.0f} TFLOP/s "
+          f"in bf16; times in ms, median [p20-p80]\n{cost.__doc__}")
+    for op in OPS:
+        for B, T, H, D in GOALS:
+            rows += bench_op("goal", op, (B, T, H, D, D), False, limits)
+        for D in (64, 128):
+            for T in (2 ** i for i in range(9, 17)):
+                shape = (max(1, 16384 // T), T, 16, D, D)
+                rows += bench_op("sweep", op, shape, True, limits)
+    for T in (512, 4096, 32768, 65536):
+        rows += bench_decode(T)
+    return limits, rows + bench_jet()
+
+
+def _plot(rows, path):
+    """Time against length, forwards and backwards, a line per provider."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True)
+    for axis, (op, D) in zip(axes.flat, ((op, D) for op in OPS for D in (64, 128))):
+        for provider in dict.fromkeys(row["provider"] for row in rows if row["section"] == "sweep"):
+            points = [(row["T"], row["ms"] / row["B"]) for row in rows
+                      if (row["section"], row["op"], row["K"], row["provider"], row["direction"]) ==
+                      ("sweep", op, D, provider, "forward+backward")]
+            axis.loglog(*zip(*points), marker="o", label=provider)
+        axis.set(title=f"{op}, head dim {D}", xlabel="tokens", ylabel="ms per sequence, fwd + bwd")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+def header(device):
+    """The line that makes a number comparable: chip, driver, versions, commit."""
+    import os
+    import subprocess
+
+    def said(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True,
+                                  cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    info = dict(device="CPU, in Triton's interpreter", torch=torch.__version__,
+                triton=triton.__version__, commit=said("git", "rev-parse", "--short", "HEAD"))
+    if device == "cuda":
+        info |= dict(device=torch.cuda.get_device_name(),
+                     driver=said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+                     ptxas=triton.knobs.nvidia.ptxas.version)
+    print(", ".join(f"{name} {x}" for name, x in info.items()))
+    return info
+
+
+def parse_args():
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    parser = Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="""Check the Triton kernels, then time them.
+
+    python kernels.py                          on a GPU: check every op, forwards and backwards,
+                                               against its loop in fp64, then the benchmark; on a
+                                               CPU: the check alone, in Triton's interpreter
+    python kernels.py --csv kernels.csv --plot kernels.png
+    python kernels.py --compile sm_80 sm_90    without a GPU: compile all kernels for A100 and H100
+
+Exit code 1 if a check fails, before anything is timed. The last line is one JSON object.""")
+    parser.add_argument("--compile", nargs="+", metavar="sm_XX", help="compile every kernel at every "
+                        "launch configuration and print registers, spills and shared memory; exit "
+                        "code 1 on spills over 64 bytes or more shared memory than the chip has. One "
+                        "of " + ", ".join(f"sm_{arch}" for arch in SHARED_KB))
+    parser.add_argument("--csv", help="also write the benchmark's rows to this file")
+    parser.add_argument("--plot", help="also draw time against length into this file (matplotlib)")
+    args = parser.parse_args()
+    if triton is None:
+        parser.error("triton is not installed, so there are no kernels to run: pip install triton")
+    for arch in args.compile or ():
+        if arch not in [f"sm_{known}" for known in SHARED_KB]:
+            parser.error(f"{arch} is not one of " + ", ".join(f"sm_{x}" for x in SHARED_KB))
+    if args.compile and _INTERPRETED:
+        parser.error("--compile needs the compiler: unset TRITON_INTERPRET")
+    return args
+
+
+def main():
+    import csv
+    import json
+    import sys
+    args = parse_args()
+    if args.compile:
+        rows, failures = compile_all([int(arch[3:]) for arch in args.compile])
+        print(json.dumps(dict(kernels=len(rows), failures=failures, rows=rows)))
+        sys.exit(failures > 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = header(device)
+    result["auto"] = auto_backend(torch.empty(1, device=device), 64)
+    print(f'backend "auto" selects: {result["auto"]} for tensors on this {device.upper()}')
+    result["checked"], result["failures"] = check(device)
+    if device == "cpu":
+        print("No GPU here: the kernels are checked, nothing is timed.")
+    elif not result["failures"]:
+        result["limits"], result["rows"] = benchmark()
+        if args.csv:
+            with open(args.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(x for row in result["rows"] for x in row)))
+                writer.writeheader()
+                writer.writerows(result["rows"])
+        if args.plot:
+            _plot(result["rows"], args.plot)
+    # NaN, where a provider ran out of memory, is not JSON
+    print(json.dumps(result).replace("NaN", "null"))
+    sys.exit(result["failures"] > 0)
+
+
+if __name__ == "__main__":
+    main()
