@@ -334,10 +334,12 @@ def check_decay_parameters():
         def gradients(op, wide):
             leaves = [x.to(wide).requires_grad_() for x in parameters]
             outputs = layer(op, wide, *leaves)
-            grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
+            grads = torch.autograd.grad(outputs, leaves,
+                                        [x.to(y) for x, y in zip(out_grads, outputs)])
             return dict(zip(("dA_log", "ddt_bias"), grads))
 
-        ours = gradients(functools.partial(kernels.gated_delta_rule, backend="triton"), torch.float32)
+        kernel = functools.partial(kernels.gated_delta_rule, backend="triton")
+        ours = gradients(kernel, torch.float32)
         expected = gradients(kernels.gated_delta_rule_recurrent, torch.float64)
         assert_near(ours, expected, kernel_tolerances(dtype, expected), f"{dtype} {A=}")
 
@@ -355,7 +357,8 @@ def check_conv_and_step():
         def results(inputs, backend):
             leaves = [x.detach().requires_grad_() for x in inputs]
             outputs = kernels.causal_conv(*leaves, *[None] * (not cached), activation, backend)
-            grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
+            grads = torch.autograd.grad(outputs, leaves,
+                                        [x.to(y) for x, y in zip(out_grads, outputs)])
             return dict(zip(("y", "tail", "dx", "dkernel", "dcache"), (*outputs, *grads)))
 
         expected = results([x.double() for x in inputs], "torch")
@@ -372,7 +375,8 @@ def check_conv_and_step():
         for inplace in (False, True):
             before = state.clone()
             o, end = kernels.recurrent_step(*x, state, inplace=inplace, backend="triton")
-            assert_near({"o": o, "state": end}, expected, kernel_tolerances(dtype, expected), f"{op} {T=}")
+            assert_near({"o": o, "state": end}, expected, kernel_tolerances(dtype, expected),
+                        f"{op} {T=} {inplace=}")
             assert end is state if inplace else torch.equal(state, before), "the state was changed"
         with torch.no_grad():                                               # how the ops decode
             o, _ = getattr(kernels, op)(*(y for y in x if y is not None), backend="triton")
@@ -389,7 +393,8 @@ def check_modules(attn):
     mixers = shaken_mixers(model, attn)
     ids, launched = tokens(1, 18), []
     launch = kernels._launch
-    kernels._launch = lambda kernel, *args, **kw: (launched.append(kernel), launch(kernel, *args, **kw))
+    kernels._launch = lambda kernel, *args, **kw: (launched.append(kernel),
+                                                   launch(kernel, *args, **kw))
 
     def run(backend):
         kernels.auto_backend = lambda x, *dims: backend
@@ -427,8 +432,8 @@ def test_modules_mean_the_same_on_kernels(attn):
 
 def check_backend_refusals():
     *x, state = (y.float() for y in op_inputs("gated_delta_rule", 3, "mild", K=16))
-    for wrong, words in (((y.double() for y in (*x, state)), "not torch.float64"),
-                         ((y.float() for y in op_inputs("gated_delta_rule", 3, "mild", K=264)), "264")):
+    wide = [y.float() for y in op_inputs("gated_delta_rule", 3, "mild", K=264)]
+    for wrong, words in (([y.double() for y in (*x, state)], "not torch.float64"), (wide, "264")):
         with pytest.raises(ValueError, match=words):
             kernels.gated_delta_rule(*wrong, backend="triton")
     with pytest.raises(ValueError, match="inplace needs"):
@@ -437,12 +442,12 @@ def check_backend_refusals():
 
 def test_backends_are_refused_or_left_alone(monkeypatch):
     """On a CPU "auto" never launches a kernel, and "triton" is refused outside the interpreter."""
-    monkeypatch.setattr(kernels, "_launch", lambda *args, **kw: pytest.fail("a kernel was launched"))
+    monkeypatch.setattr(kernels, "_launch", lambda *args, **kw: pytest.fail("launched a kernel"))
     x = op_inputs("gated_delta_rule", 3, "mild")
     conv = torch.randn(1, 5, 8), torch.randn(4, 8), None, "silu"
+    gla = op_inputs("gated_linear_attention", 3, "mild")
     for op, args in ((kernels.gated_delta_rule, x), (kernels.recurrent_step, x),
-                     (kernels.gated_linear_attention, op_inputs("gated_linear_attention", 3, "mild")),
-                     (kernels.causal_conv, conv)):
+                     (kernels.gated_linear_attention, gla), (kernels.causal_conv, conv)):
         args = [y.float() if isinstance(y, torch.Tensor) else y for y in args]
         op(*args)
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
@@ -464,8 +469,9 @@ def check_without_triton():
 
 def test_all_else_works_without_triton():
     block = "import sys; sys.modules['triton'] = None; "
-    run = subprocess.run([sys.executable, "-c", block + "import test_all; test_all.check_without_triton()"],
-                         cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", block + "import test_all; test_all.check_without_triton()"],
+        cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     run = subprocess.run([sys.executable, "-c", block + "import runpy; sys.argv = ['kernels.py']; "
                           "runpy.run_path('kernels.py', run_name='__main__')"],
@@ -503,7 +509,8 @@ def test_kernels_compile_without_spills_for_a100_and_h100():
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["failures"] == 0
     for row in result["rows"]:
-        uses_matrices = row["inputs"] == "bf16" and row["kernel"] not in ("step", "conv", "conv_backward")
+        uses_matrices = row["inputs"] == "bf16" and row["kernel"] not in (
+            "step", "conv", "conv_backward")
         expected = {"sm_80": "mma", "sm_90": "wgmma"}[row["arch"]] if uses_matrices else "none"
         assert row["matrix"].startswith(expected), row
 
