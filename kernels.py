@@ -16,12 +16,32 @@ Glossary, the same letters everywhere:
 Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. Only differences of G
 that decay (row t >= row s) are exponentiated, so nothing overflows however strong the decay; a
 decay of -inf, which forgets everything, is allowed.
+
+On an NVIDIA GPU all of this runs as Triton kernels, below the torch forms (backend="auto"):
+
+    python kernels.py                          check the kernels, then, on a GPU, time them
+    python kernels.py --compile sm_80 sm_90    registers, spills and shared memory, without a GPU
+
+To copy: this file alone; it needs torch and, for the kernels, triton.
 """
 
+from __future__ import annotations
+
 import functools
+import os
+import sys
 
 import torch
 import torch.nn.functional as F
+
+if __name__ == "__main__" and "--compile" not in sys.argv and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are decorated, below
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                             # no kernels then; all else works
+    triton = None
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret        # TRITON_INTERPRET=1
 
 
 # -----------------------------------------------------------------------------
@@ -228,7 +248,7 @@ class _DeltaRule(torch.autograd.Function):
         return *grads, dS1.view(dstate.shape)
 
 @_full_precision
-def gated_delta_rule(q, k, v, g, beta, initial_state=None):
+def gated_delta_rule(q, k, v, g, beta, initial_state=None, backend="auto"):
     """Gated delta rule, chunkwise: matrix products inside chunks, a short scan between them.
 
         S <- exp(g_t) S;  S <- S + k_t beta_t (v_t - S^T k_t)^T;  o_t = K^-0.5 S^T q_t
@@ -240,7 +260,9 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None):
     """
     _check(q, k, v, g, beta, initial_state, q.shape[:3])
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
-        return gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
+        return recurrent_step(q, k, v, g, beta, initial_state, backend=backend)
+    if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
+        return _run_kernels(q, k, v, g, beta, initial_state)
     return _DeltaRule.apply(q, k, v, g, beta, _start_state(q, v, initial_state))
 
 
@@ -384,7 +406,7 @@ def _blocks(P, c, below=False):
 
 
 @_full_precision
-def gated_linear_attention(q, k, v, g, initial_state=None):
+def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
     """Gated linear attention, chunkwise: matrix products inside chunks, a short scan between them.
 
         S <- exp(g_t) . S + k_t v_t^T  (row by row);    o_t = K^-0.5 S^T q_t
@@ -396,7 +418,9 @@ def gated_linear_attention(q, k, v, g, initial_state=None):
     """
     _check(q, k, v, g, None, initial_state, q.shape)
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
-        return gated_linear_attention_recurrent(q, k, v, g, initial_state)
+        return recurrent_step(q, k, v, g, None, initial_state, backend=backend)
+    if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
+        return _run_kernels(q, k, v, g, None, initial_state)
     return _GLA.apply(q, k, v, g, _start_state(q, v, initial_state))
 
 
@@ -433,7 +457,7 @@ class _CausalConv(torch.autograd.Function):
         return dx.to(x.dtype), torch.stack(dtaps, -2).to(kernel.dtype), None
 
 
-def causal_conv(x, kernel, cache=None, activation=None):
+def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
     """Depthwise convolution over time that sees the present and the W-1 tokens before it.
 
         y_t = act(sum_w kernel_w . x_{t-W+1+w}), the last tap on the current token
@@ -452,7 +476,1265 @@ def causal_conv(x, kernel, cache=None, activation=None):
         raise ValueError(f"cache has shape {tuple(cache.shape)}, expected {(B, W - 1, D)}")
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}, expected None or 'silu'")
+    if _use_triton(backend, x):
+        cache = None if cache is None else cache.to(x.dtype).contiguous()
+        y = _ConvKernels.apply(x.contiguous(), kernel.contiguous(), cache, activation)
+        if T < W - 1:                                                       # some of the old tail
+            before = x.new_zeros(B, W - 1, D) if cache is None else cache
+            x = torch.cat([before, x], 1)
+        return y, x[:, x.shape[1] - (W - 1):]
     if cache is None:
         cache = x.new_zeros(B, W - 1, D)
     x = torch.cat([cache.to(x.dtype), x], 1)                                # [B,W-1+T,D]
     return _CausalConv.apply(x, kernel, activation), x[:, T:]
+
+
+# -----------------------------------------------------------------------------
+# Triton: the same chunkwise forms on a GPU, two launches forwards and two backwards
+#
+#   chunk   one program per chunk and head: what needs no state (P, and (1 + A)^-1 or G)
+#   scan    one program per head and BV value columns, chunk after chunk: the state stays in
+#           registers from the first token to the last, and o is written on the way
+#   scan, backwards            the same for dS, from the last chunk to the first
+#   gradients                  one program per chunk (and BK key channels for GLA): all the rest
+#
+# Letters besides the glossary: t, s row and column of a C x C matrix; bh = b * H + h; KP is K
+# padded to a power of two, at least 16 (what tl.dot takes), BK and BV tiles of K and V. Padded
+# rows and columns are loaded as zeros: a token with k, beta and g of 0 leaves the state as it is.
+# Products take their operands in the inputs' dtype and add up in fp32 on tensor cores; what is
+# delicate (the inverse, GLA's decayed q and k) has fp32 operands, and PREC says how they are
+# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. int64 where b and T meet: long
+# inputs have more than 2^31 elements.
+
+_jit = (lambda function: function) if triton is None else triton.jit
+
+
+@_jit
+def _load(x, rows, cols, stride, num_rows, num_cols):
+    """A tile of the matrix at x whose rows lie `stride` apart, with zeros where it ends."""
+    inside = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0)
+
+
+@_jit
+def _store(x, tile, rows, cols, stride, num_rows, num_cols):
+    inside = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    tl.store(x + rows[:, None] * stride + cols[None, :], tile.to(x.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _cumulative_decay(x):
+    """G = sum of the log decays up to a row, along axis 0, as (whole, part). Each is exact or
+    small, so that a difference of two rows keeps the weak decays behind a strong one, which a
+    single fp32 sum would round away. Below -120 exp is 0, and unlike -inf, -120 - -120 is 0."""
+    x = tl.maximum(x.to(tl.float32), -120.0)
+    whole = tl.floor(x + 0.5)
+    return tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
+
+
+@_jit
+def _at(x, index, rows):
+    """The entry of a vector at one row."""
+    return tl.sum(tl.where(rows == index, x, 0.0), 0)
+
+
+@_jit
+def _row_decays(g, rows, H, left, C: tl.constexpr):
+    """Delta rule, for the C rows of a chunk: G as (whole, part); exp of G_1, of G - G_1 (whose
+    product exp(G) may be too small for fp16), of G_C - G, of G_C - G_1."""
+    x = tl.load(g + rows * H, mask=rows < left, other=0)
+    whole, part = _cumulative_decay(x)
+    from_first = tl.exp(whole - _at(whole, 0, rows) + (part - _at(part, 0, rows)))
+    to_end = tl.exp(_at(whole, C - 1, rows) - whole + (_at(part, C - 1, rows) - part))
+    first = tl.exp(_at(whole, 0, rows) + _at(part, 0, rows))
+    return whole, part, first, from_first, to_end, _at(from_first, C - 1, rows)
+
+
+@_jit
+def _pair_decay(whole, part, rows):
+    """D_ts = exp(G_t - G_s) for s <= t, else 0. Masked before exp: above the diagonal it would
+    overflow, and inf * 0 is NaN."""
+    difference = whole[:, None] - whole[None, :] + (part[:, None] - part[None, :])
+    return tl.exp(tl.where(rows[:, None] >= rows[None, :], difference, float("-inf")))
+
+
+@_jit
+def _joined(rows, level):
+    """Where row t and column s, s < t, sit in neighbouring blocks of 2^level rows that the next
+    level joins into one. Every pair s < t is joined at exactly one level."""
+    t, s = rows[:, None], rows[None, :]
+    return (((t >> level) ^ (s >> level)) == 1) & (t > s)
+
+
+@_jit
+def _unit_inverse(A, rows, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """(1 + A)^-1 for strictly lower A, by joining blocks: [[X, 0], [A, Y]]^-1 =
+    [[X^-1, 0], [-Y^-1 A X^-1, Y^-1]]. Unlike a Neumann series nothing large has to cancel."""
+    inverse = tl.where(rows[:, None] == rows[None, :], 1.0, tl.where(_joined(rows, 0), -A, 0.0))
+    for level in range(1, LEVELS):
+        below = tl.where(_joined(rows, level), A, 0.0)
+        below = tl.dot(inverse, below, input_precision=PREC)
+        inverse -= tl.dot(below, inverse, input_precision=PREC)
+    return inverse
+
+
+@_jit
+def _delta_chunk(q, k, g, beta, P, inverse, T, H, K: tl.constexpr, BK: tl.constexpr,
+                 C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """P = K^-0.5 Q K^T . D and (1 + A)^-1 with A = strictly lower (beta K K^T . D)."""
+    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows, left = tl.arange(0, C), T - n * C
+    token = (bh // H * T + n * C) * H + bh % H                              # of row 0, in [B,T,H]
+    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BK):
+        cols = start + tl.arange(0, BK)
+        qc = _load(q + token * K, rows, cols, H * K, left, K)               # [C,BK]
+        kc = _load(k + token * K, rows, cols, H * K, left, K)
+        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
+        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
+    whole, part = _cumulative_decay(tl.load(g + token + rows * H, mask=rows < left, other=0))
+    D = _pair_decay(whole, part, rows)
+    b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
+    A = tl.where(rows[:, None] > rows[None, :], b[:, None] * kk * D, 0.0)
+    square = (bh * tl.num_programs(1) + n) * C * C
+    _store(P + square, qk * D * K ** -0.5, rows, rows, C, C, C)
+    _store(inverse + square, _unit_inverse(A, rows, LEVELS, PREC), rows, rows, C, C, C)
+
+
+@_jit
+def _exp_fixed(G):
+    return tl.exp(G.to(tl.float32) * 2.0 ** -18)
+
+
+@_jit
+def _level_decay(G, G_rows, rows, cols, level, stride, num_rows, num_cols):
+    """GLA, at one level: exp of the log decay between each row and the border at which its block
+    is joined, for rows behind the border from it, for rows before it to it. Both are <= 1, and
+    their product is the decay between the two rows, however strong."""
+    border = (rows >> (level + 1) << (level + 1)) + (1 << level) - 1
+    return _exp_fixed(-tl.abs(G_rows - _load(G, border, cols, stride, num_rows, num_cols)))
+
+
+@_jit
+def _gla_chunk(q, k, g, P, G, q_in, k_out, decays, T, H, K: tl.constexpr,
+               BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts =
+    K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay in P differs by channel, so it has to be
+    split into a factor for q and one for k. One product per level does that for all pairs joined
+    there; the diagonal has no decay.
+    G is stored in units of 2^-18, in int32: fp32 would lose weak decays behind strong ones."""
+    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows, left, stride = tl.arange(0, C), T - n * C, H * K
+    token = ((bh // H * T + n * C) * H + bh % H) * K
+    Pc, diagonal = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for start in range(0, K, BK):
+        cols = start + tl.arange(0, BK)
+        whole, part = _cumulative_decay(_load(g + token, rows, cols, stride, left, K))
+        Gc = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
+        _store(G + token, Gc, rows, cols, stride, left, K)
+        tl.debug_barrier()                              # other threads read these rows of G below
+        qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
+        kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
+        G_end = tl.load(G + token + (tl.minimum(C, left) - 1) * stride + cols, mask=cols < K,
+                        other=0)
+        _store(q_in + token, qc * _exp_fixed(Gc) * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - Gc), rows, cols, stride, left, K)
+        tl.store(decays + (bh * tl.num_programs(1) + n) * K + cols, _exp_fixed(G_end),
+                 mask=cols < K)
+        diagonal += tl.sum(qc * kc, 1)
+        for level in range(LEVELS):
+            decay = _level_decay(G + token, Gc, rows, cols, level, stride, left, K)
+            pairs = tl.dot(qc * decay, tl.trans(kc * decay), input_precision=PREC)
+            Pc += tl.where(_joined(rows, level), pairs, 0.0)
+    Pc = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], Pc)
+    square = (bh * tl.num_programs(1) + n) * C * C
+    _store(P + square, Pc * K ** -0.5, rows, rows, C, C, C)
+
+
+@_jit
+def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
+          V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+          DELTA: tl.constexpr, PREC: tl.constexpr):
+    """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q, k
+    and g are q_in, k_out and exp(G_C) of _gla_chunk, and U is V. A program owns BV columns of the
+    state, all K rows: columns do not depend on each other."""
+    blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
+    bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
+    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    token = bh // H * T * H + bh % H
+    state = tl.zeros([KP, BV], tl.float32)
+    if start is not None:
+        state = _load(start + bh * K * V, keys, cols, V, K, V)
+    for n in range(num_chunks):
+        left, square = T - n * C, (bh * num_chunks + n) * C * C
+        qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
+        kc = _load(k + token * K, rows, keys, H * K, left, K)
+        vc = _load(v + token * V, rows, cols, H * V, left, V)               # [C,BV]
+        if S is not None:
+            _store(S + (bh * num_chunks + n) * K * V, state, keys, cols, V, K, V)
+        S0 = state.to(q.dtype.element_ty)
+        if DELTA:
+            _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
+            from_start, decay = first * from_first, first * last
+            b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
+            old = from_start[:, None] * tl.dot(kc, S0, input_precision=PREC)
+            R = b[:, None] * (vc.to(tl.float32) - old)
+            X = _load(inverse + square, rows, rows, C, C, C)
+            u = tl.dot(X, R.to(X.dtype), input_precision=PREC)
+            if U is not None:
+                _store(U + token * V, u, rows, cols, H * V, left, V)
+            out = (from_start * K ** -0.5)[:, None] * tl.dot(qc, S0, input_precision=PREC)
+            vc, u_out = u.to(vc.dtype), (to_end[:, None] * u).to(vc.dtype)
+            state = tl.dot(tl.trans(kc), u_out, decay * state, input_precision=PREC)
+        else:
+            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
+            out = tl.dot(qc, S0, input_precision=PREC)
+            state = tl.dot(tl.trans(kc), vc, decay[:, None] * state, input_precision=PREC)
+        out = tl.dot(_load(P + square, rows, rows, C, C, C), vc, out, input_precision=PREC)
+        _store(o + token * V, out, rows, cols, H * V, left, V)
+        token += C * H
+    _store(end + bh * K * V, state, keys, cols, V, K, V)
+
+
+@_jit
+def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K: tl.constexpr,
+                   V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                   DELTA: tl.constexpr, PREC: tl.constexpr):
+    """The gradient of the state, from the last chunk to the first; dS of a chunk is that of the
+    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q, k and g are
+    as in _scan."""
+    blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
+    bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
+    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    token = (bh // H * T + (num_chunks - 1) * C) * H + bh % H
+    dstate = tl.zeros([KP, BV], tl.float32)
+    if dend is not None:
+        dstate = _load(dend + bh * K * V, keys, cols, V, K, V)
+    for i in range(num_chunks):
+        n = num_chunks - 1 - i
+        left, square = T - n * C, (bh * num_chunks + n) * C * C
+        qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
+        kc = _load(k + token * K, rows, keys, H * K, left, K)
+        doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
+        _store(dS + (bh * num_chunks + n) * K * V, dstate, keys, cols, V, K, V)
+        dS1 = dstate.to(q.dtype.element_ty)
+        Pc = _load(P + square, rows, rows, C, C, C)
+        du = tl.dot(tl.trans(Pc), doc, input_precision=PREC)
+        if DELTA:
+            _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
+            b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
+            du += to_end[:, None] * tl.dot(kc, dS1, input_precision=PREC)
+            X = _load(inverse + square, rows, rows, C, C, C)
+            du = tl.dot(tl.trans(X), du.to(X.dtype), input_precision=PREC)  # of R from here on
+            do_in = (doc.to(tl.float32) * (from_first * K ** -0.5)[:, None]).to(doc.dtype)
+            du_in = (du * -(b * from_first)[:, None]).to(doc.dtype)
+            dstate = tl.dot(tl.trans(qc), do_in, last * dstate, input_precision=PREC)
+            dstate = first * tl.dot(tl.trans(kc), du_in, dstate, input_precision=PREC)
+        else:
+            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
+            du = tl.dot(kc, dS1, du, input_precision=PREC)
+            dstate = tl.dot(tl.trans(qc), doc, decay[:, None] * dstate, input_precision=PREC)
+        _store(dU + token * V, du, rows, cols, H * V, left, V)
+        token -= C * H
+    if dstart is not None:
+        _store(dstart + bh * K * V, dstate, keys, cols, V, K, V)
+
+
+@_jit
+def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.constexpr,
+                 V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                 PREC: tl.constexpr):
+    """Gradients by way of pairs of rows: dP . D, dA . D and what they add to dG and dbeta. P and A
+    are computed anew in fp32: rounded, they would spoil dG. Writes dv on the way."""
+    dP, dA = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    db = tl.zeros([C], tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        uc = _load(U, rows, cols, H * V, left, V)                           # [C,BV]
+        dRc = _load(dR, rows, cols, H * V, left, V)
+        dP = tl.dot(_load(do, rows, cols, H * V, left, V), tl.trans(uc), dP, input_precision=PREC)
+        dA = tl.dot(dRc, tl.trans(uc), dA, input_precision=PREC)            # of -A
+        dRc = dRc.to(tl.float32)
+        db += tl.sum(dRc * _load(v, rows, cols, H * V, left, V).to(tl.float32), 1)
+        _store(dv, b[:, None] * dRc, rows, cols, H * V, left, V)
+    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BK):
+        cols = start + tl.arange(0, BK)
+        qc = _load(q, rows, cols, H * K, left, K)                           # [C,BK]
+        kc = _load(k, rows, cols, H * K, left, K)
+        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
+        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
+    D, below = _pair_decay(whole, part, rows), rows[:, None] > rows[None, :]
+    dP = dP * D * K ** -0.5
+    dA = tl.where(below, -dA * D, 0.0)
+    db += tl.sum(dA * kk, 1)
+    dA *= b[:, None]
+    pairs = tl.where(below, dP * qk + dA * kk, 0.0)
+    return dP, dA, tl.sum(pairs, 1) - tl.sum(tl.trans(pairs), 1), db
+
+
+@_jit
+def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
+                     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                     C: tl.constexpr, PREC: tl.constexpr):
+    """Gradients of a chunk's inputs, as _DeltaRule.backward has them; what is left out of the sums
+    for dg is explained there."""
+    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows, left = tl.arange(0, C), T - n * C
+    t, s = rows[:, None], rows[None, :]
+    token = (bh // H * T + n * C) * H + bh % H
+    border = (bh * tl.num_programs(1) + n) * K * V
+    whole, part, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
+    from_start, decay = first * from_first, first * last
+    b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
+    dP, dA, dG, db = _delta_pairs(
+        q + token * K, k + token * K, v + token * V, U + token * V, dR + token * V, do + token * V,
+        dv + token * V, whole, part, b, rows, left, H, K, V, BK, BV, C, PREC)
+    dP, dA = dP.to(q.dtype.element_ty), (dA + tl.trans(dA)).to(q.dtype.element_ty)
+    # each row and the state
+    in_sum, out_sum = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    kept = tl.zeros([BK], tl.float32)                                       # <dS, S>
+    for start in range(0, K, BK):
+        keys = start + tl.arange(0, BK)
+        dqc, dk_in = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        dk_out = tl.zeros([C, BK], tl.float32)
+        for start_v in range(0, V, BV):
+            cols = start_v + tl.arange(0, BV)
+            S0 = _load(S + border, keys, cols, V, K, V)                     # [BK,BV]
+            dS1 = _load(dS + border, keys, cols, V, K, V)
+            kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)
+            doc = _load(do + token * V, rows, cols, H * V, left, V)         # [C,BV]
+            dqc = tl.dot(doc, tl.trans(S0), dqc, input_precision=PREC)
+            dRc = _load(dR + token * V, rows, cols, H * V, left, V)
+            dk_in = tl.dot(dRc, tl.trans(S0), dk_in, input_precision=PREC)  # of -k_in
+            uc = _load(U + token * V, rows, cols, H * V, left, V)
+            dk_out = tl.dot(uc, tl.trans(dS1), dk_out, input_precision=PREC)
+        qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,BK]
+        kc = _load(k + token * K, rows, keys, H * K, left, K)
+        dqc *= (from_start * K ** -0.5)[:, None]
+        dG += tl.sum(dqc * qc.to(tl.float32), 1)
+        in_sum -= tl.sum(dk_in * kc.to(tl.float32), 1)
+        out_sum += tl.sum(dk_out * kc.to(tl.float32), 1)
+        dqc = tl.dot(dP, kc, dqc, input_precision=PREC)
+        dkc = dk_out * to_end[:, None] - dk_in * (b * from_start)[:, None]
+        dkc = tl.dot(tl.trans(dP), qc, dkc, input_precision=PREC)
+        dkc = tl.dot(dA, kc, dkc, input_precision=PREC)
+        _store(dq + token * K, dqc, rows, keys, H * K, left, K)
+        _store(dk + token * K, dkc, rows, keys, H * K, left, K)
+    in_sum *= from_start
+    dG += b * in_sum
+    # dG goes to the g of its row and all before it; the way to the chunk's end, to those after it
+    later = tl.where(t <= s, dG[None, :], tl.where(t > s, (out_sum * to_end)[None, :], 0.0))
+    dgc = tl.sum(later, 1) + decay * tl.sum(kept, 0)
+    tl.store(dg + token + rows * H, dgc.to(dg.dtype.element_ty), mask=rows < left)
+    tl.store(dbeta + token + rows * H, (db + in_sum).to(dbeta.dtype.element_ty), mask=rows < left)
+
+
+@_jit
+def _gla_gradients(q, k, v, G, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
+                   BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+                   PREC: tl.constexpr):
+    """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
+    blocks, n = tl.cdiv(K, BK), tl.program_id(1)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    rows, left, stride = tl.arange(0, C), T - n * C, H * K
+    keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
+    t, s = rows[:, None], rows[None, :]
+    token = (bh // H * T + n * C) * H + bh % H
+    border = (bh * tl.num_programs(1) + n) * K * V
+    dP, kept = tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
+    dqc, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        S0 = _load(S + border, keys, cols, V, K, V)                         # [BK,BV]
+        dS1 = _load(dS + border, keys, cols, V, K, V)
+        kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)           # <dS, S> per channel
+        doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
+        vc = _load(v + token * V, rows, cols, H * V, left, V)
+        dP = tl.dot(doc, tl.trans(vc), dP, input_precision=PREC)
+        dqc = tl.dot(doc, tl.trans(S0), dqc, input_precision=PREC)
+        dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
+    qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
+    kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
+    Gc = _load(G + token * K, rows, keys, stride, left, K)
+    G_end = tl.load(G + token * K + (tl.minimum(C, left) - 1) * stride + keys,
+                    mask=keys < K, other=0)
+    dP *= K ** -0.5
+    dqc *= _exp_fixed(Gc) * K ** -0.5
+    dk_out *= _exp_fixed(G_end[None, :] - Gc)
+    dkc = tl.zeros([C, BK], tl.float32)
+    for level in range(LEVELS):
+        factor = _level_decay(G + token * K, Gc, rows, keys, level, stride, left, K)
+        pairs = tl.where(_joined(rows, level), dP, 0.0)
+        dqc += factor * tl.dot(pairs, kc * factor, input_precision=PREC)
+        dkc += factor * tl.dot(tl.trans(pairs), qc * factor, input_precision=PREC)
+    # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
+    dG, to_end = qc * dqc - kc * dkc, kc * dk_out
+    later = tl.cumsum(dG, 0, reverse=True)
+    later = tl.dot(tl.where(t > s, 1.0, 0.0), to_end, later, input_precision=PREC)
+    later += (_exp_fixed(G_end) * kept)[None, :]
+    diagonal = tl.sum(tl.where(t == s, dP, 0.0), 1)[:, None]
+    _store(dg + token * K, later, rows, keys, stride, left, K)
+    _store(dq + token * K, dqc + diagonal * kc, rows, keys, stride, left, K)
+    _store(dk + token * K, dkc + dk_out + diagonal * qc, rows, keys, stride, left, K)
+
+
+@_jit
+def _step(q, k, v, g, beta, start, o, end, T, H, K: tl.constexpr, V: tl.constexpr,
+          KP: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr):
+    """The recurrence itself, for a few tokens. A program owns BV columns of the state, and reads
+    and writes them once; end may be start."""
+    blocks = tl.cdiv(V, BV)
+    bh, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, KP)
+    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    token = bh // H * T * H + bh % H
+    state = tl.zeros([KP, BV], tl.float32)
+    if start is not None:
+        state = _load(start + bh * K * V, keys, cols, V, K, V)
+    for _ in range(T):
+        qt = tl.load(q + token * K + keys, mask=keys < K, other=0).to(tl.float32)   # [KP]
+        kt = tl.load(k + token * K + keys, mask=keys < K, other=0).to(tl.float32)
+        vt = tl.load(v + token * V + cols, mask=cols < V, other=0).to(tl.float32)   # [BV]
+        if DELTA:
+            state *= tl.exp(tl.load(g + token).to(tl.float32))
+            b = tl.load(beta + token).to(tl.float32)
+            vt = b * (vt - tl.sum(kt[:, None] * state, 0))
+        else:
+            gt = tl.load(g + token * K + keys, mask=keys < K, other=0).to(tl.float32)
+            state *= tl.exp(gt)[:, None]
+        state += kt[:, None] * vt[None, :]
+        ot = tl.sum(qt[:, None] * state, 0) * K ** -0.5
+        tl.store(o + token * V + cols, ot.to(o.dtype.element_ty), mask=cols < V)
+        token += H
+    _store(end + bh * K * V, state, keys, cols, V, K, V)
+
+
+@_jit
+def _conv_input(x, cache, rows, cols, T, D, W: tl.constexpr):
+    """Rows of the convolution's input: x, before it the cache or zeros. fp32."""
+    inside = (rows[:, None] < T) & (cols[None, :] < D)
+    tile = tl.load(x + rows[:, None] * D + cols[None, :], mask=inside & (rows[:, None] >= 0),
+                   other=0).to(tl.float32)
+    if cache is not None:
+        inside = (rows[:, None] < 0) & (rows[:, None] > -W) & (cols[None, :] < D)
+        tile += tl.load(cache + (rows[:, None] + W - 1) * D + cols[None, :], mask=inside,
+                        other=0).to(tl.float32)
+    return tile
+
+
+@_jit
+def _conv_tap(kernel, w, rows, cols, T, D, W: tl.constexpr, PER_TOKEN: tl.constexpr):
+    if PER_TOKEN:
+        inside = (rows[:, None] >= 0) & (rows[:, None] < T) & (cols[None, :] < D)
+        tap = tl.load(kernel + (rows[:, None] * W + w) * D + cols[None, :], mask=inside, other=0)
+    else:
+        tap = tl.load(kernel + w * D + cols, mask=cols < D, other=0)[None, :]
+    return tap.to(tl.float32)
+
+
+@_jit
+def _conv_rows(x, kernel, cache, rows, cols, T, D, W: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """z_t = sum_w kernel_w x_{t-W+1+w} of the given rows t."""
+    z = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+    for w in tl.static_range(W):
+        tap = _conv_tap(kernel, w, rows, cols, T, D, W, PER_TOKEN)
+        z += tap * _conv_input(x, cache, rows - (W - 1) + w, cols, T, D, W)
+    return z
+
+
+@_jit
+def _conv(x, kernel, cache, y, T, D, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+          PER_TOKEN: tl.constexpr, SILU: tl.constexpr):
+    """A program owns BT tokens of BD channels. Neighbouring taps read rows that overlap; those come
+    from the L1 cache."""
+    b = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    if PER_TOKEN:
+        kernel += b * T * W * D
+    if cache is not None:
+        cache += b * (W - 1) * D
+    z = _conv_rows(x + b * T * D, kernel, cache, rows, cols, T, D, W, PER_TOKEN)
+    if SILU:
+        z *= tl.sigmoid(z)
+    _store(y + b * T * D, z, rows, cols, D, T, D)
+
+
+@_jit
+def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.constexpr,
+                   BT: tl.constexpr, BD: tl.constexpr, PER_TOKEN: tl.constexpr,
+                   SILU: tl.constexpr):
+    """A program owns BT rows of the input, of which the first W - 1 are the cache's. A row's
+    gradient needs dz of the W outputs that saw it; computing z anew, W times in all, costs reads
+    from L1 and spares a second launch and a tensor. The gradient of a static kernel is summed over
+    the BT rows here and over programs by the caller."""
+    b, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    rows = block * BT - (W - 1) + tl.arange(0, BT)
+    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    x, dy, dx = x + b * T * D, dy + b * T * D, dx + b * T * D
+    if PER_TOKEN:
+        kernel, dkernel = kernel + b * T * W * D, dkernel + b * T * W * D
+    if cache is not None:
+        cache, dcache = cache + b * (W - 1) * D, dcache + b * (W - 1) * D
+    sum_x = tl.zeros([BT, BD], tl.float32)
+    dz = sum_x
+    for w in tl.static_range(W):                        # the last tap's dz is that of rows itself
+        t = rows + (W - 1) - w
+        inside = (t[:, None] >= 0) & (t[:, None] < T) & (cols[None, :] < D)
+        dz = tl.load(dy + t[:, None] * D + cols[None, :], mask=inside, other=0).to(tl.float32)
+        if SILU:
+            z = _conv_rows(x, kernel, cache, t, cols, T, D, W, PER_TOKEN)
+            gate = tl.sigmoid(z)
+            dz *= gate * (1 + z * (1 - gate))
+        sum_x += dz * _conv_tap(kernel, w, t, cols, T, D, W, PER_TOKEN)
+    inside = (rows[:, None] < T) & (cols[None, :] < D)
+    tl.store(dx + rows[:, None] * D + cols[None, :], sum_x.to(dx.dtype.element_ty),
+             mask=inside & (rows[:, None] >= 0))
+    if cache is not None:
+        tl.store(dcache + (rows[:, None] + W - 1) * D + cols[None, :],
+                 sum_x.to(dcache.dtype.element_ty), mask=inside & (rows[:, None] < 0))
+    for w in tl.static_range(W):
+        dtap = dz * _conv_input(x, cache, rows - (W - 1) + w, cols, T, D, W)
+        if PER_TOKEN:
+            tl.store(dkernel + (rows[:, None] * W + w) * D + cols[None, :],
+                     dtap.to(dkernel.dtype.element_ty), mask=inside & (rows[:, None] >= 0))
+        else:
+            partial = (b * tl.num_programs(1) + block) * W + w
+            tl.store(dkernel + partial * D + cols, tl.sum(dtap, 0), mask=cols < D)
+
+
+# -----------------------------------------------------------------------------
+# Which form runs, and how the kernels are launched
+
+KERNEL_DTYPES, MAX_DIM = (torch.float32, torch.float16, torch.bfloat16), 256
+
+
+def auto_backend(x, *dims):
+    """What backend="auto" means for x and its head dims: "triton" or "torch". Decided here only."""
+    supported = x.dtype in KERNEL_DTYPES and max(dims, default=0) <= MAX_DIM
+    return "triton" if triton is not None and x.is_cuda and supported else "torch"
+
+
+def _use_triton(backend, x, *dims):
+    """Whether to launch kernels. ValueError if they are asked for and cannot run."""
+    if backend == "auto":
+        backend = auto_backend(x, *dims)
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'triton'")
+    if backend == "torch":
+        return False
+    if triton is None:
+        raise ValueError("backend is 'triton', but triton is not installed: pip install triton")
+    if not x.is_cuda and not _INTERPRETED:
+        raise ValueError("backend is 'triton', but the inputs are not on a GPU; to run the kernels "
+                         "on a CPU, slowly, set TRITON_INTERPRET=1 before this file is imported")
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"the kernels take fp32, fp16 and bf16, not {x.dtype}: use the torch form")
+    if max(dims, default=0) > MAX_DIM:
+        raise ValueError(f"the kernels take head dims up to {MAX_DIM}, not {max(dims)}: use the "
+                         "torch form")
+    return True
+
+
+def _launch(kernel, grid, *args, **constants):
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants)
+
+
+def _padded(dim):
+    """Head dim -> the width of a tile that holds it: a power of two that tl.dot takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _config(q, V, delta):
+    """Tile sizes and launch options of the four kernels of a call. Picked so that nothing spills
+    and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
+    run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
+    (B, _, H, K), hopper = q.shape, _is_hopper(q.device)
+    KP, VP, C, precision, stages = _padded(K), _padded(V), 64, "tf32", 2
+    if q.dtype == torch.float32:
+        # full products without tensor cores, for exactness; their operands fill the registers
+        C, precision, stages = 32 if KP <= 64 else 16, "ieee", 1
+        chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
+    elif hopper:
+        # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
+        # room for 32 columns. With fewer programs than processors, narrow ones are the faster.
+        wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
+        chunk = (64, 4) if delta else (32, 8)
+        scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
+        gradients = (64 if delta and KP > 64 else 32, 64, 8)
+    else:
+        # mma.sync keeps its operands in registers, so tiles are smaller; everything fits the 99 KB
+        # of consumer cards too
+        chunk = (64, 4) if delta else (32, 8)
+        scan = (16 if KP > 128 else 32, 4 if KP <= 64 else 8)
+        gradients = (32, 32, 8)
+    common = dict(C=C, K=K, PREC=precision, num_stages=stages)
+    levels = dict(LEVELS=C.bit_length() - 1)
+    scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1])
+    gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
+                              num_warps=gradients[2]) | ({} if delta else levels)
+    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1])
+    if not delta:
+        chunk["num_stages"] = 1     # a prefetched read of G could overtake the write before it
+    return {"chunk": chunk, "scan": scan, "gradients": gradients}
+
+
+class _Kernels(torch.autograd.Function):
+    """The launches of both chunkwise forms; beta is None for GLA. q, k, v of one dtype, all
+    contiguous, state fp32 or None. With `save`, what the backward pass needs is kept, one state
+    per chunk included, rather than computed twice."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, state, save):
+        (B, T, H, K), V, delta = q.shape, v.shape[-1], beta is not None
+        config = _config(q, V, delta)
+        C = config["chunk"]["C"]
+        N, G, inverse = triton.cdiv(T, C), None, None
+        P, scanned = q.new_empty(B * H, N, C, C), (q, k, g)
+        if delta:
+            inverse = torch.empty_like(P)
+            _launch(_delta_chunk, (B * H, N), q, k, g, beta, P, inverse, T, H, **config["chunk"])
+        else:
+            G = torch.empty_like(g, dtype=torch.int32)
+            scanned = (torch.empty_like(q), torch.empty_like(k),
+                       q.new_empty(B * H, N, K, dtype=torch.float32))
+            _launch(_gla_chunk, (B * H, N), q, k, g, P, G, *scanned, T, H, **config["chunk"])
+        o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32)
+        S = q.new_empty(B * H, N, K, V) if save else None
+        U = torch.empty_like(v) if save and delta else None
+        programs = B * H * triton.cdiv(V, config["scan"]["BV"])
+        qs, ks, gs = scanned
+        _launch(_scan, (programs,), qs, ks, v, gs, beta, P, inverse, state, o, U, S, end, T, H,
+                **config["scan"])
+        if save:
+            ctx.config, ctx.programs, ctx.g_dtype = config, programs, g.dtype
+            ctx.has_state = state is not None
+            ctx.save_for_backward(q, k, v, G, beta, *scanned, P, inverse, S, U)
+        return o, end
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dend):
+        q, k, v, G, beta, qs, ks, gs, P, inverse, S, U = ctx.saved_tensors
+        (_, T, H, K), (BH, N), config = q.shape, P.shape[:2], ctx.config
+        do, dend = do.contiguous(), dend.contiguous()
+        dU, dS = torch.empty_like(v), torch.empty_like(S)
+        dstart = torch.empty_like(dend) if ctx.has_state else None
+        _launch(_scan_backward, (ctx.programs,), qs, ks, gs, beta, P, inverse, do, dend,
+                dU, dS, dstart, T, H, **config["scan"])
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        if beta is not None:
+            dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gs), torch.empty_like(beta)
+            _launch(_delta_gradients, (BH, N), q, k, v, gs, beta, do, U, dU, S, dS,
+                    dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
+        else:
+            dv, dg, dbeta = dU, torch.empty_like(G, dtype=ctx.g_dtype), None
+            blocks = triton.cdiv(K, config["gradients"]["BK"])
+            _launch(_gla_gradients, (BH * blocks, N), q, k, v, G, do, S, dS, dq, dk, dg, T, H,
+                    **config["gradients"])
+        return dq, dk, dv, dg, dbeta, dstart, None
+
+
+def _run_kernels(q, k, v, g, beta, state):
+    """What the ops do to their inputs before and after the launches."""
+    inputs = [x if x is None else x.contiguous() for x in (
+        q, k.to(q.dtype), v.to(q.dtype), g, beta, state if state is None else state.float())]
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, end = _Kernels.apply(*inputs, save)
+    return o.to(v.dtype), end
+
+
+class _ConvKernels(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, kernel, cache, activation):
+        (B, T, D), y = x.shape, torch.empty_like(x)
+        ctx.save_for_backward(x, kernel, cache)
+        ctx.constants = dict(W=kernel.shape[-2], PER_TOKEN=kernel.dim() == 4,
+                             SILU=activation is not None, BT=32, BD=64, num_warps=4)
+        _launch(_conv, (triton.cdiv(D, 64), triton.cdiv(T, 32), B), x, kernel, cache, y, T, D,
+                **ctx.constants)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, kernel, cache = ctx.saved_tensors
+        (B, T, D), W, per_token = x.shape, kernel.shape[-2], ctx.constants["PER_TOKEN"]
+        blocks = triton.cdiv(T + W - 1, 32)
+        dx, dcache = torch.empty_like(x), None if cache is None else torch.empty_like(cache)
+        dkernel = (torch.empty_like(kernel) if per_token else
+                   x.new_empty(B * blocks, W, D, dtype=torch.float32))
+        _launch(_conv_backward, (triton.cdiv(D, 64), blocks, B), x, kernel, cache, dy.contiguous(),
+                dx, dkernel, dcache, T, D, **ctx.constants | dict(num_warps=8))
+        if not per_token:
+            dkernel = dkernel.sum(0).to(kernel.dtype)
+        return dx, dkernel, dcache, None
+
+
+def _run_step(q, k, v, g, beta, state, end):
+    """Launch the recurrence; the final state goes to `end`, a new tensor if None."""
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    q, k, v, g, beta, state = (x if x is None else x.detach().contiguous()
+                               for x in (q, k, v, g, beta, state))
+    o = torch.empty_like(v)
+    if end is None:
+        end = q.new_empty(B, H, K, V, dtype=torch.float32)
+    # the state's traffic is all the time there is: at small batches many narrow programs ask for
+    # it at once (8 columns are one 32-byte sector), at large ones rows of 128 bytes are best
+    BV, warps = (8, 1) if B * H * V < 8192 else (32, 4)
+    _launch(_step, (B * H * triton.cdiv(V, BV),), q, k, v, g, beta, state, o, end, T, H, K=K, V=V,
+            KP=_padded(K), BV=BV, DELTA=beta is not None, num_warps=warps)
+    return o, end
+
+
+def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, backend="auto"):
+    """A few tokens of decoding, without gradients: the delta rule, or GLA where beta is None.
+
+    Shapes and results as `gated_delta_rule` and `gated_linear_attention`. With `inplace` the final
+    state is written over initial_state, which then is what comes back; otherwise initial_state
+    stays as it is, so that it can be forked. ValueError if a shape does not fit, or if inplace
+    cannot be done. In a CUDA graph as it is: one launch, nothing waits for the GPU.
+    Equivalent to: gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
+    """
+    delta = beta is not None
+    _check(q, k, v, g, beta, initial_state, q.shape[:3] if delta else q.shape)
+    if inplace and (initial_state is None or initial_state.dtype != _compute_dtype(q)
+                    or not initial_state.is_contiguous()):
+        raise ValueError(f"inplace needs a contiguous initial_state of {_compute_dtype(q)}")
+    with torch.no_grad():
+        if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
+            state = initial_state if initial_state is None else initial_state.float()
+            return _run_step(q, k, v, g, beta, state, state if inplace else None)
+        if delta:
+            o, S = gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
+        else:
+            o, S = gated_linear_attention_recurrent(q, k, v, g, initial_state)
+        return o, initial_state.copy_(S) if inplace else S
+
+
+# -----------------------------------------------------------------------------
+# python kernels.py: the check
+
+# relative RMS error against the fp64 loop on the same, rounded inputs
+TOLERANCES = {
+    torch.float32: (1e-5, {"dg": 2e-4}),
+    torch.float16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2}),
+    torch.bfloat16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2} | dict.fromkeys(
+        ("dq", "dk", "dv", "dstate", "dx", "dkernel", "dcache"), 8e-3))}
+
+
+def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
+    """{name: tensor} of an op's inputs. q, k, v or x in `dtype`; gates, beta and states in fp32."""
+    draw = torch.Generator().manual_seed(T)
+    normal = lambda *shape: torch.randn(shape, generator=draw)
+    uniform = lambda *shape: torch.rand(shape, generator=draw)
+    if op == "causal_conv":
+        inputs = dict(x=normal(B, T, K), kernel=normal(*((4, K) if decay == "static" else
+                                                        (B, T, 4, K))), cache=normal(B, 3, K))
+        return {name: x.to(device, dtype) for name, x in inputs.items()}
+    delta = op == "gated_delta_rule"
+    g = -(20.0 if delta else 5.0) * uniform(B, T, H, *(() if delta else (K,)))
+    g = {"strong": g, "mild": g / 100, "none": g * 0}[decay]
+    inputs = dict(q=normal(B, T, H, K), k=F.normalize(normal(B, T, H, K), dim=-1),
+                  v=normal(B, T, H, V), g=g)
+    if delta:
+        inputs["beta"] = uniform(B, T, H)
+    inputs["state"] = normal(B, H, K, V)
+    return {name: x.to(device, dtype if name in "qkv" else torch.float32)
+            for name, x in inputs.items()}
+
+
+def _outputs_and_grads(function, inputs, out_grads=None):
+    """{"o", "state", "dq", ...} of function(*inputs); without out_grads no gradients."""
+    leaves = [x.detach().requires_grad_(out_grads is not None) for x in inputs.values()]
+    outputs = function(*leaves)
+    results = dict(zip(("o", "state"), outputs))
+    if out_grads is not None:
+        grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
+        results |= {"d" + name: x for name, x in zip(inputs, grads)}
+    return results
+
+
+def _check_case(op, shape, decay, dtype, device):
+    """{tensor: (relative RMS error, relative maximum error)} of the kernels, forwards, backwards
+    and, without gradients, of the step."""
+    inputs = _random_inputs(op, *shape, decay, dtype, device)
+    exact = {name: x.double() for name, x in inputs.items()}
+    if op == "causal_conv":
+        ours = lambda *x: causal_conv(*x, activation="silu", backend="triton")
+        loop = lambda *x: causal_conv(*x, activation="silu", backend="torch")
+    else:
+        ours = lambda *x: globals()[op](*x, backend="triton")
+        loop = globals()[op + "_recurrent"]
+    out_grads = [torch.randn_like(x) for x in loop(*exact.values())]
+    expected = _outputs_and_grads(loop, exact, out_grads)
+    results = _outputs_and_grads(ours, inputs, out_grads)
+    if op != "causal_conv":
+        x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
+        o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
+                                  backend="triton")
+        results |= {"step o": o, "step state": state}
+        expected |= {"step o": expected["o"], "step state": expected["state"]}
+    errors = {}
+    for name, y in expected.items():
+        difference = (results[name].double() - y).abs()
+        errors[name] = ((difference.norm() / y.norm().clamp(min=1e-30)).item(),
+                        (difference.max() / y.abs().max().clamp(min=1e-30)).item())
+    return errors
+
+
+def check(device):
+    """Every op against its loop in fp64; prints the worst errors over all cases beside their
+    tolerance. Returns how many tensors were checked and how many failed (NaN fails)."""
+    on_gpu, worst, cases = device == "cuda", {}, 0
+    shapes = [(1, 17, 3, 16, 16), (1, 65, 1, 24, 40)]
+    if on_gpu:
+        shapes += [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
+                   (1, 200, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64)]
+    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * on_gpu
+    for dtype in dtypes:
+        for op in ("gated_delta_rule", "gated_linear_attention", "causal_conv"):
+            for shape in shapes:
+                for decay in (("static", "per token") if op == "causal_conv" else
+                              ("strong", "mild", "none") if on_gpu else ("strong", "mild")):
+                    for name, errors in _check_case(op, shape, decay, dtype, device).items():
+                        worst.setdefault((op, dtype, name), []).append(errors)
+                        cases += 1
+    print(f"{'op':24}{'inputs':10}{'tensor':12}{'rms error':>10}{'tolerance':>11}{'max error':>11}")
+    failures = 0
+    for (op, dtype, name), errors in worst.items():
+        default, special = TOLERANCES[dtype]
+        tolerance = special.get(name, default)
+        rms, largest = (max(x, key=lambda e: (e != e, e)) for x in zip(*errors))   # NaN is largest
+        failed = not rms <= tolerance
+        failures += failed
+        print(f"{op:24}{str(dtype)[6:]:10}{name:12}{rms:10.1e}{tolerance:11.0e}{largest:11.1e}"
+              + ("  FAILED" if failed else ""))
+    return cases, failures
+
+
+# -----------------------------------------------------------------------------
+# python kernels.py --compile: registers, spills and shared memory, without a GPU
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}           # per block, by sm_XX
+
+
+def _recorded_launches(arch):
+    """(kernel, arguments, constants) of all launches of the ops, at the head dims where the
+    configurations differ: the ops run on tensors without data, and launch into a list."""
+    global _launch, _is_hopper
+    launches = []
+    launch, is_hopper = _launch, _is_hopper
+    _launch = lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
+    _is_hopper = lambda device: arch == 90
+    tensor = lambda *shape, dtype=torch.float32: torch.empty(
+        shape, dtype=dtype, device="meta", requires_grad=True)
+    bf16, fp32, T = torch.bfloat16, torch.float32, 4096
+    for dtype, B, H, K, V in ((bf16, 2, 16, 64, 64), (bf16, 2, 64, 64, 64), (bf16, 2, 16, 128, 128),
+                              (bf16, 2, 64, 128, 128), (bf16, 2, 16, 96, 256),
+                              (bf16, 2, 16, 256, 256), (fp32, 2, 16, 64, 64)):
+        q, k, v = (tensor(B, T, H, D, dtype=dtype) for D in (K, K, V))
+        g, beta, state = tensor(B, T, H), tensor(B, T, H), tensor(B, H, K, V)
+        for gates in ((g, beta), (tensor(B, T, H, K), None)):
+            outputs = _run_kernels(q, k, v, *gates, state)
+            torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+            _run_step(q[:, :1], k[:, :1], v[:, :1], *(x if x is None else x[:, :1] for x in gates),
+                      state, None)
+    x = tensor(2, T, 1024, dtype=bf16)
+    for kernel in (tensor(4, 1024, dtype=bf16), tensor(2, T, 4, 1024, dtype=bf16)):
+        y = _ConvKernels.apply(x, kernel, tensor(2, 3, 1024, dtype=bf16), "silu")
+        y.backward(torch.empty_like(y))
+    _launch, _is_hopper = launch, is_hopper
+    return launches
+
+
+def _compile_job(kernel, args, constants, arch):
+    """A launch as what triton.compile takes, all of it picklable: the signature, the constants and
+    the arguments divisible by 16 (a number that is 1 counts as constant, as in a launch on a GPU),
+    the options."""
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    constants = dict(constants)
+    options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
+    values = dict(zip(kernel.arg_names, args))
+    constants |= {name: x for name, x in values.items()
+                  if x is None or isinstance(x, int) and x == 1}
+    signature = {name: "constexpr" if name in constants else
+                 "i32" if isinstance(values[name], int) else names[values[name].dtype]
+                 for name in kernel.arg_names}
+    divisible = [i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+                 and (signature[name] != "i32" or values[name] % 16 == 0)]
+    return kernel.__name__, signature, constants, divisible, options, arch
+
+
+def _compile(job):
+    """One row of the table: what the assembler says about a kernel."""
+    import os
+    import re
+    import subprocess
+    import tempfile
+    name, signature, constants, divisible, options, arch = job
+    from triton.backends.compiler import GPUTarget
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(ptx)
+        said = subprocess.run([
+            triton.knobs.nvidia.ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
+            f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
+    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
+                                       said.stderr).groups())
+    tile = " ".join(f"{x}={constants[x]}" for x in ("C", "K", "V", "BK", "BV", "BT", "BD", "DELTA",
+                                                    "PER_TOKEN") if x in constants)
+    kinds = [kind for kind, sign in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync"))
+             if sign in ptx]
+    return dict(arch=f"sm_{arch}", kernel=name.strip("_"),
+                inputs=next(iter(signature.values())).strip("*"), tile=tile,
+                warps=options["num_warps"], registers=int(re.search(r"Used (\d+)", said.stderr)[1]),
+                spills=max(stores, loads), shared_kb=compiled.metadata.shared / 1024,
+                matrix="+".join(kinds) or "none")
+
+
+def compile_all(archs):
+    """Compiles each kernel at each launch configuration it uses; prints the table. Returns its
+    rows and how many of them spill over 64 bytes or ask for more shared memory than there is."""
+    from concurrent.futures import ProcessPoolExecutor
+    jobs = {}
+    for arch in archs:
+        for launch in _recorded_launches(arch):
+            job = _compile_job(*launch, arch)
+            jobs[str(job)] = job                                            # each once
+    rows, failures = [], 0
+    print(f"{'chip':7}{'kernel':17}{'inputs':7}{'tiles':46}{'warps':>5}{'registers':>10}"
+          f"{'spilled B':>10}{'shared KB':>10}  matrix instructions")
+    with ProcessPoolExecutor() as pool:
+        for row in pool.map(_compile, jobs.values()):
+            failed = row["spills"] > 64 or row["shared_kb"] > SHARED_KB[int(row["arch"][3:])]
+            failures += failed
+            rows.append(row)
+            print(f"{row['arch']:7}{row['kernel']:17}{row['inputs']:7}{row['tile']:46}"
+                  f"{row['warps']:5}{row['registers']:10}{row['spills']:10}{row['shared_kb']:10.1f}"
+                  f"  {row['matrix']}" + ("  FAILED" if failed else ""), flush=True)
+    return rows, failures
+
+
+# -----------------------------------------------------------------------------
+# python kernels.py on a GPU: the benchmark
+
+OPS = ("gated_delta_rule", "gated_linear_attention")
+GOALS = ((4, 2048, 16, 128), (8, 1024, 8, 64), (2, 16384, 16, 128), (1, 8192, 96, 128))  # B T H K=V
+
+
+def cost(op, B, T, H, K, V, backward=False):
+    """(bytes, FLOPs) of a call in bf16 with fp32 gates. Bytes: inputs read and outputs written
+    once, the least there can be. FLOPs: the matrix products that the kernels do, with C = 64:
+        delta, forwards   chunk 4CK + 20CC (the inverse)      scan 6KV + 4CV          per token
+        GLA, forwards     chunk 12CK (6 levels)               scan 4KV + 2CV
+        delta, backwards  scan 6KV + 4CV                      gradients 6KV + 4CV + 10CK
+        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 26CK"""
+    delta, C, tokens = op == "gated_delta_rule", 64, B * T * H
+    gates = 8 if delta else 4 * K
+    memory, flops = 2 * (2 * K + 2 * V) + gates, (
+        4 * C * K + 20 * C * C + 6 * K * V + 4 * C * V if delta else
+        12 * C * K + 4 * K * V + 2 * C * V)
+    if backward:
+        memory += 2 * (4 * K + 3 * V) + 2 * gates
+        flops += (12 * K * V + 8 * C * V + 10 * C * K if delta else
+                  8 * K * V + 2 * C * V * (1 + K / 32) + 26 * C * K)
+    return tokens * memory, tokens * flops
+
+
+def _turns(functions, bench):
+    """{name: [median, p20, p80] in ms}. The functions take turns, three times, so that a card that
+    warms up treats all alike. NaN where one runs out of memory."""
+    rounds = {name: [] for name in functions}
+    for _ in range(3):
+        for name, function in functions.items():
+            try:
+                rounds[name].append(bench(function, quantiles=(0.5, 0.2, 0.8)))
+            except torch.cuda.OutOfMemoryError:
+                rounds[name].append([float("nan")] * 3)
+    return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+
+
+def _providers(op, with_torch):
+    """{name: function of the op's inputs that returns o}: ours, fla's if installed, the torch form,
+    and the softmax attention that the op stands in for."""
+    def attention(q, k, v, *gates):
+        return F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    ours = globals()[op]
+    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.gla import chunk_gla
+        theirs = chunk_gated_delta_rule if op == OPS[0] else chunk_gla
+        providers["fla"] = lambda *x: theirs(*x, output_final_state=True)[0]
+    except ImportError:
+        pass
+    if with_torch:
+        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
+    return providers | {"sdpa": attention}
+
+
+def _bench_inputs(op, B, T, H, K, V):
+    inputs = _random_inputs(op, B, T, H, K, V, "mild", torch.bfloat16, "cuda")
+    inputs.pop("state")
+    return [x.requires_grad_() for x in inputs.values()]
+
+
+def _both_ways(function, inputs):
+    """function, forwards and backwards. Attention has no use for the gates."""
+    do = torch.randn_like(inputs[2])
+    return lambda: torch.autograd.grad(function(*inputs), inputs, do, allow_unused=True)
+
+
+def _peak_memory(function):
+    """Megabytes that a call adds at its worst moment."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+
+def bench_op(section, op, shape, with_torch, limits):
+    """Rows of one op at one shape, both directions, printed as they come."""
+    from triton.testing import do_bench
+    inputs, rows = _bench_inputs(op, *shape), []
+    providers = _providers(op, with_torch)
+
+    def forward(function):
+        with torch.no_grad():
+            return function(*inputs)
+
+    for direction in ("forward", "forward+backward"):
+        backward = direction != "forward"
+        calls = {name: _both_ways(f, inputs) if backward else lambda f=f: forward(f)
+                 for name, f in providers.items()}
+        times = _turns(calls, do_bench)
+        size, flops = cost(op, *shape, backward=backward)
+        for name, (median, p20, p80) in times.items():
+            row = dict(section=section, op=op, direction=direction, provider=name,
+                       **dict(zip("BTHKV", shape)), ms=median, p20=p20, p80=p80)
+            if name in ("ours", "fla") and median == median:
+                row["peak_mb"] = _peak_memory(calls[name])
+            if name == "ours":
+                row |= dict(bytes=size, flops=flops, of_copy=size / median / 1e6 / limits["gb_s"],
+                            of_matrix=flops / median / 1e9 / limits["tflop_s"])
+            rows.append(row)
+        ours, more = times["ours"][0], rows[-len(times)]
+        line = "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
+                         for name, (x, low, high) in times.items())
+        print(f"{op:23}{str(list(shape)):24}{direction:17} {line}  "
+              f"{more['of_copy']:.0%} of copy, {more['of_matrix']:.0%} of matmul"
+              + (f", {ours / times['fla'][0]:.2f} of fla" if "fla" in times else ""), flush=True)
+    return rows
+
+
+def bench_decode(T):
+    """One token: our step, fla's, and attention with a cache of T tokens; as CUDA graphs, because
+    at this size a launch from Python takes longer than the kernel."""
+    from triton.testing import do_bench_cudagraph
+    B, H, K, rows = 8, 16, 128, []
+    for op in OPS:
+        inputs = _random_inputs(op, B, 1, H, K, K, "mild", torch.bfloat16, "cuda")
+        q, k, v, g, state = (inputs[name] for name in ("q", "k", "v", "g", "state"))
+        beta = inputs.get("beta")
+        keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
+        calls = {"ours": lambda: recurrent_step(q, k, v, g, beta, state, inplace=True,
+                                                backend="triton"),
+                 "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
+        try:
+            from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+            from fla.ops.gla import fused_recurrent_gla
+            gates = dict(g=g, beta=beta) if op == OPS[0] else dict(gk=g)
+            theirs = fused_recurrent_gated_delta_rule if op == OPS[0] else fused_recurrent_gla
+            calls["fla"] = lambda: theirs(q, k, v, **gates, initial_state=state,
+                                          output_final_state=True)
+        except ImportError:
+            pass
+        with torch.no_grad():
+            times = _turns(calls, do_bench_cudagraph)
+        print(f"{op:23}cache {T:6}  "
+              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items()), flush=True)
+        rows += [dict(section="decode", op=op, direction="step", provider=name, B=B, T=T, H=H, K=K,
+                      V=K, ms=x[0], p20=x[1], p80=x[2]) for name, x in times.items()]
+    return rows
+
+
+def bench_jet():
+    """JetBlock's two ops, forwards and backwards: a kernel per token, then the delta rule."""
+    from triton.testing import do_bench
+    B, T, H, K, V = shape = 4, 2048, 12, 96, 256
+    inputs = _bench_inputs(OPS[0], *shape)
+    kernel = torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def layer(conv_backend, rule):
+        def run(q, k, v, g, beta, kernel):
+            v, _ = causal_conv(v.flatten(2), kernel, None, "silu", conv_backend)
+            return rule(q, k, v.unflatten(2, (H, V)), g, beta)
+        return run
+
+    rules = _providers(OPS[0], with_torch=False)
+    calls = {"ours": layer("triton", rules["ours"])}
+    if "fla" in rules:
+        calls["fla + torch conv"] = layer("torch", rules["fla"])
+    times = _turns({name: _both_ways(f, [*inputs, kernel]) for name, f in calls.items()}, do_bench)
+    print("jet, conv and rule     "
+          + "  ".join(f"{name} {x[0]:.3f} ms" for name, x in times.items()), flush=True)
+    return [dict(section="jet", op="conv+rule", direction="forward+backward", provider=name,
+                 **dict(zip("BTHKV", shape)), ms=x[0], p20=x[1], p80=x[2])
+            for name, x in times.items()]
+
+
+def measured_limits():
+    """What this card reaches: GB/s of a large copy, read and write, and TFLOP/s of a large product
+    in bf16."""
+    from triton.testing import do_bench
+    x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    y, a = torch.empty_like(x), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = do_bench(lambda: y.copy_(x), return_mode="median")
+    product = do_bench(lambda: a @ a, return_mode="median")
+    return dict(gb_s=2 * x.numel() / copy / 1e6, tflop_s=2 * 8192 ** 3 / product / 1e9)
+
+
+def benchmark():
+    """All sections; returns the limits and the rows."""
+    limits, rows = measured_limits(), []
+    print(f"this card copies {limits['gb_s']:.0f} GB/s and multiplies {limits['tflop_s']:.0f} "
+          f"TFLOP/s in bf16; times in ms, median [p20-p80]\n{cost.__doc__}")
+    for op in OPS:
+        for B, T, H, D in GOALS:
+            rows += bench_op("goal", op, (B, T, H, D, D), False, limits)
+        for D in (64, 128):
+            for T in (2 ** i for i in range(9, 17)):
+                shape = (max(1, 16384 // T), T, 16, D, D)
+                rows += bench_op("sweep", op, shape, True, limits)
+    for T in (512, 4096, 32768, 65536):
+        rows += bench_decode(T)
+    return limits, rows + bench_jet()
+
+
+def _plot(rows, path):
+    """Time against length, forwards and backwards, a line per provider."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True)
+    for axis, (op, D) in zip(axes.flat, ((op, D) for op in OPS for D in (64, 128))):
+        for provider in dict.fromkeys(row["provider"] for row in rows if row["section"] == "sweep"):
+            points = [(row["T"], row["ms"] / row["B"]) for row in rows
+                      if (row["section"], row["op"], row["K"], row["provider"], row["direction"]) ==
+                      ("sweep", op, D, provider, "forward+backward")]
+            axis.loglog(*zip(*points), marker="o", label=provider)
+        axis.set(title=f"{op}, head dim {D}", xlabel="tokens", ylabel="ms per sequence, fwd + bwd")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+def header(device):
+    """The line that makes a number comparable: chip, driver, versions, commit."""
+    import os
+    import subprocess
+
+    def said(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True,
+                                  cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    info = dict(device="CPU, in Triton's interpreter", torch=torch.__version__,
+                triton=triton.__version__, commit=said("git", "rev-parse", "--short", "HEAD"))
+    if device == "cuda":
+        info |= dict(device=torch.cuda.get_device_name(),
+                     driver=said("nvidia-smi", "--query-gpu=driver_version",
+                                 "--format=csv,noheader"),
+                     ptxas=triton.knobs.nvidia.ptxas.version)
+    print(", ".join(f"{name} {x}" for name, x in info.items()))
+    return info
+
+
+def parse_args():
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    parser = Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="""Check the Triton kernels, then time them.
+
+    python kernels.py                          on a GPU: check every op, forwards and backwards,
+                                               against its loop in fp64, then the benchmark; on a
+                                               CPU: the check alone, in Triton's interpreter
+    python kernels.py --csv kernels.csv --plot kernels.png
+    python kernels.py --compile sm_80 sm_90    without a GPU: compile all kernels for A100 and H100
+
+Exit code 1 if a check fails, before anything is timed. The last line is one JSON object.""")
+    parser.add_argument("--compile", nargs="+", metavar="sm_XX", help="compile every kernel at "
+                        "every launch configuration and print registers, spills and shared memory; "
+                        "exit code 1 on spills over 64 bytes or more shared memory than the chip "
+                        "has. One of " + ", ".join(f"sm_{arch}" for arch in SHARED_KB))
+    parser.add_argument("--csv", help="also write the benchmark's rows to this file")
+    parser.add_argument("--plot", help="also draw time against length into this file (matplotlib)")
+    args = parser.parse_args()
+    if triton is None:
+        parser.error("triton is not installed, so there are no kernels to run: pip install triton")
+    for arch in args.compile or ():
+        if arch not in [f"sm_{known}" for known in SHARED_KB]:
+            parser.error(f"{arch} is not one of " + ", ".join(f"sm_{x}" for x in SHARED_KB))
+    if args.compile and _INTERPRETED:
+        parser.error("--compile needs the compiler: unset TRITON_INTERPRET")
+    return args
+
+
+def main():
+    import csv
+    import json
+    import sys
+    args = parse_args()
+    if args.compile:
+        rows, failures = compile_all([int(arch[3:]) for arch in args.compile])
+        print(json.dumps(dict(kernels=len(rows), failures=failures, rows=rows)))
+        sys.exit(failures > 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = header(device)
+    result["auto"] = auto_backend(torch.empty(1, device=device), 64)
+    print(f'backend "auto" selects: {result["auto"]} for tensors on this {device.upper()}')
+    result["checked"], result["failures"] = check(device)
+    if device == "cpu":
+        print("No GPU here: the kernels are checked, nothing is timed.")
+    elif not result["failures"]:
+        result["limits"], result["rows"] = benchmark()
+        if args.csv:
+            columns = dict.fromkeys(name for row in result["rows"] for name in row)
+            with open(args.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(columns))
+                writer.writeheader()
+                writer.writerows(result["rows"])
+        if args.plot:
+            _plot(result["rows"], args.plot)
+    # NaN, where a provider ran out of memory, is not JSON
+    print(json.dumps(result).replace("NaN", "null"))
+    sys.exit(result["failures"] > 0)
+
+
+if __name__ == "__main__":
+    main()

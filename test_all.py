@@ -4,6 +4,7 @@ Tests on the real 260 K-parameter model and its data need ../shared and skip whe
 """
 
 import copy
+import functools
 import gzip
 import hashlib
 import importlib
@@ -126,9 +127,10 @@ def op_inputs(op, T, decay, near_keys=False, K=16, V=24, H=2, B=2):
                                  *(beta if op == "gated_delta_rule" else []), torch.randn(B, H, K, V))]
 
 
-def op_results(function, inputs, out_grads):
+def op_results(function, inputs, out_grads, with_state=True):
     """Outputs, final state and the gradient of every input, as {name: tensor}."""
-    names = ["o", "state", "dq", "dk", "dv", "dg", "dbeta"][:2 + len(inputs) - 1] + ["dstate"]
+    names = ["o", "state", "dq", "dk", "dv", "dg", "dbeta"][:2 + len(inputs) - with_state]
+    names += ["dstate"] * with_state
     inputs = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*inputs)
     grads = torch.autograd.grad(outputs, inputs, [x.to(y) for x, y in zip(out_grads, outputs)])
@@ -262,6 +264,266 @@ def test_causal_conv(W, per_token, activation):
     assert y.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="kernel has shape"):
         kernels.causal_conv(x, kernel[..., :1], None, activation)
+
+
+# ------------------------------------------------------------------------------------------------
+# kernels.py: the Triton kernels. They run in Triton's interpreter, which has to be chosen before
+# kernels.py is imported, so the bodies of these tests run in processes of their own. The
+# interpreter gets bf16 wrong without a word: no bf16 here.
+
+def in_interpreter(call):
+    run = subprocess.run(
+        [sys.executable, "-c", f"import test_all as t; t.torch.set_num_threads(1); t.{call}"],
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def kernel_tolerances(dtype, names, near_keys=False):
+    if dtype == torch.float32:
+        return {name: 2e-4 if name in ("dg", "dA_log", "ddt_bias") else 1e-5 for name in names}
+    if near_keys:
+        return {"o": 5e-3}
+    return {name: 2e-2 if name in ("dg", "dbeta", "dA_log", "ddt_bias") else 5e-3 for name in names}
+
+
+def assert_kernels_near(op, dtype, T, decay, near_keys, K, V, H, with_state):
+    """On the same rounded inputs: outputs, states and every gradient."""
+    inputs = [x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(
+        op_inputs(op, T, decay, near_keys, K=K, V=V, H=H, B=1))]
+    out_grads = torch.randn_like(inputs[2]), torch.randn_like(inputs[-1])
+    inputs = inputs if with_state else inputs[:-1]
+    results = op_results(functools.partial(getattr(kernels, op), backend="triton"), inputs,
+                         out_grads, with_state)
+    expected = op_results(getattr(kernels, op + "_recurrent"), [x.double() for x in inputs],
+                          out_grads, with_state)
+    assert_near(results, expected, kernel_tolerances(dtype, expected, near_keys),
+                f"{op} {dtype} {T=} {decay} {near_keys=} {K=} {V=} {H=} {with_state=}")
+
+
+def check_kernels(op, dtype):
+    sizes = itertools.cycle(((16, 16, 1, True), (24, 40, 3, True), (16, 24, 1, False),
+                             (8, 8, 3, True), (40, 24, 1, True)))
+    cases = [(T, decay, False, *next(sizes))
+             for T, decay in itertools.product(LENGTHS, ("strong", "none", "resets"))]
+    cases += [(T, decay, True, 16, 24, 1, True) for T in (17, 130) for decay in ("mild", "none")]
+    cases += [(70, "mixed", False, 96, 80, 1, True), (70, "range", False, 24, 136, 1, False)]
+    for case in cases:
+        assert_kernels_near(op, dtype, *case)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
+def test_kernels_equal_the_loop(op, dtype):
+    in_interpreter(f"check_kernels({op!r}, t.torch.{dtype})")
+
+
+def check_decay_parameters():
+    """Gradients of A_log and dt_bias under strong decay, where rounding once hid them entirely."""
+    for dtype, A in itertools.product((torch.float32, torch.float16), (1.0, 20.0)):
+        q, k, v, a, beta, state = (x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(
+            op_inputs("gated_delta_rule", 70, "none", H=2, B=1)))
+        a = a + torch.randn(a.shape)
+        parameters = [torch.tensor([A, 0.5 * A]).log(), torch.tensor([0.1, 0.8])]
+        out_grads = torch.randn_like(v), torch.randn_like(state)
+
+        def layer(op, wide, A_log, dt_bias):
+            g = -A_log.exp() * F.softplus(a.to(wide) + dt_bias)
+            return op(*(x.to(wide) if wide == torch.float64 else x for x in (q, k, v)), g,
+                      beta.to(wide), state.to(wide))
+
+        def gradients(op, wide):
+            leaves = [x.to(wide).requires_grad_() for x in parameters]
+            outputs = layer(op, wide, *leaves)
+            grads = torch.autograd.grad(outputs, leaves,
+                                        [x.to(y) for x, y in zip(out_grads, outputs)])
+            return dict(zip(("dA_log", "ddt_bias"), grads))
+
+        kernel = functools.partial(kernels.gated_delta_rule, backend="triton")
+        ours = gradients(kernel, torch.float32)
+        expected = gradients(kernels.gated_delta_rule_recurrent, torch.float64)
+        assert_near(ours, expected, kernel_tolerances(dtype, expected), f"{dtype} {A=}")
+
+
+def check_conv_and_step():
+    for dtype, W, T, per_token, activation, cached in itertools.product(
+            (torch.float32, torch.float16), (1, 2, 4), (1, 2, 33), (False, True), (None, "silu"),
+            (False, True)):
+        torch.manual_seed(T)
+        inputs = [x.to(dtype) for x in (
+            torch.randn(2, T, 70), torch.randn(*((2, T, W, 70) if per_token else (W, 70))),
+            torch.randn(2, W - 1, 70))][:3 if cached else 2]
+        out_grads = torch.randn(2, T, 70), torch.randn(2, W - 1, 70)
+
+        def results(inputs, backend):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            outputs = kernels.causal_conv(*leaves, *[None] * (not cached), activation, backend)
+            grads = torch.autograd.grad(outputs, leaves,
+                                        [x.to(y) for x, y in zip(out_grads, outputs)])
+            return dict(zip(("y", "tail", "dx", "dkernel", "dcache"), (*outputs, *grads)))
+
+        expected = results([x.double() for x in inputs], "torch")
+        assert_near(results(inputs, "triton"), expected, kernel_tolerances(dtype, expected),
+                    f"causal_conv {dtype} {W=} {T=} {per_token=} {activation} {cached=}")
+    for dtype, op, T, K, V in itertools.product(
+            (torch.float32, torch.float16), ("gated_delta_rule", "gated_linear_attention"), (1, 3),
+            (8, 24), (16, 40)):
+        *x, state = (y.to(dtype if i < 3 else torch.float32) for i, y in enumerate(
+            op_inputs(op, T, "resets", K=K, V=V)))
+        x += [None] * (len(x) < 5)
+        expected = dict(zip(("o", "state"), getattr(kernels, op + "_recurrent")(
+            *(y.double() for y in (*x, state) if y is not None))))
+        for inplace in (False, True):
+            before = state.clone()
+            o, end = kernels.recurrent_step(*x, state, inplace=inplace, backend="triton")
+            assert_near({"o": o, "state": end}, expected, kernel_tolerances(dtype, expected),
+                        f"{op} {T=} {inplace=}")
+            assert end is state if inplace else torch.equal(state, before), "the state was changed"
+        with torch.no_grad():                                               # how the ops decode
+            o, _ = getattr(kernels, op)(*(y for y in x if y is not None), backend="triton")
+        assert o.dtype == dtype
+
+
+def test_decay_parameters_convolution_and_step_kernels():
+    in_interpreter("check_decay_parameters(); t.check_conv_and_step()")
+
+
+def check_modules(attn):
+    """The same hybrid on the torch forms and on the kernels: outputs, decoding, and training."""
+    model = random_model(FAMILIES["llama"]())
+    mixers = shaken_mixers(model, attn)
+    ids, launched = tokens(1, 18), []
+    launch = kernels._launch
+    kernels._launch = lambda kernel, *args, **kw: (launched.append(kernel),
+                                                   launch(kernel, *args, **kw))
+
+    def run(backend):
+        kernels.auto_backend = lambda x, *dims: backend
+        student, losses = copy.deepcopy(model), []
+        for i, mixer in mixers.items():
+            swap(student, i, copy.deepcopy(mixer))
+        with torch.no_grad():
+            prefill = student(ids[:, :12], use_cache=True)
+            step = student(ids[:, 12:13], past_key_values=prefill.past_key_values)
+        student.requires_grad_(True)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        for _ in range(20):
+            loss = student(ids, labels=ids, use_cache=False).loss
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return prefill.logits, step.logits, losses
+
+    *outputs, losses = run("torch")
+    assert not launched
+    *ours, our_losses = run("triton")
+    assert kernels._step in launched and (kernels._gla_gradients if attn == "gla" else
+                                          kernels._delta_gradients) in launched
+    for x, y in zip(ours, outputs):
+        assert relative(x, y) <= 1e-5
+    assert losses[-1] < 0.9 * losses[0]
+    assert max(abs(x - y) for x, y in zip(our_losses, losses)) <= 1e-4
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_modules_mean_the_same_on_kernels(attn):
+    in_interpreter(f"check_modules({attn!r})")
+
+
+def check_backend_refusals():
+    *x, state = (y.float() for y in op_inputs("gated_delta_rule", 3, "mild", K=16))
+    wide = [y.float() for y in op_inputs("gated_delta_rule", 3, "mild", K=264)]
+    for wrong, words in (([y.double() for y in (*x, state)], "not torch.float64"), (wide, "264")):
+        with pytest.raises(ValueError, match=words):
+            kernels.gated_delta_rule(*wrong, backend="triton")
+    with pytest.raises(ValueError, match="inplace needs"):
+        kernels.recurrent_step(*x, None, inplace=True)
+
+
+def test_backends_are_refused_or_left_alone(monkeypatch):
+    """On a CPU "auto" never launches a kernel, and "triton" is refused outside the interpreter."""
+    monkeypatch.setattr(kernels, "_launch", lambda *args, **kw: pytest.fail("launched a kernel"))
+    x = op_inputs("gated_delta_rule", 3, "mild")
+    conv = torch.randn(1, 5, 8), torch.randn(4, 8), None, "silu"
+    gla = op_inputs("gated_linear_attention", 3, "mild")
+    for op, args in ((kernels.gated_delta_rule, x), (kernels.recurrent_step, x),
+                     (kernels.gated_linear_attention, gla), (kernels.causal_conv, conv)):
+        args = [y.float() if isinstance(y, torch.Tensor) else y for y in args]
+        op(*args)
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            op(*args, backend="triton")
+        with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
+            op(*args, backend="cuda")
+    in_interpreter("check_backend_refusals()")
+
+
+def check_without_triton():
+    """Everything but the kernels; called where `import triton` fails."""
+    assert kernels.triton is None
+    for op in ("gated_delta_rule", "gated_linear_attention"):
+        test_chunks_equal_the_loop_at_other_head_dims(op, 8, 8)
+    test_causal_conv(4, True, "silu")
+    with pytest.raises(ValueError, match="triton is not installed"):
+        kernels.gated_delta_rule(*op_inputs("gated_delta_rule", 3, "mild"), backend="triton")
+
+
+def test_all_else_works_without_triton():
+    block = "import sys; sys.modules['triton'] = None; "
+    run = subprocess.run(
+        [sys.executable, "-c", block + "import test_all; test_all.check_without_triton()"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    run = subprocess.run([sys.executable, "-c", block + "import runpy; sys.argv = ['kernels.py']; "
+                          "runpy.run_path('kernels.py', run_name='__main__')"],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "pip install triton" in run.stderr
+
+
+def kernels_script(*flags):
+    return subprocess.run([sys.executable, "kernels.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True)
+
+
+def test_kernels_script_checks_itself_on_a_cpu():
+    run = kernels_script()
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert result["failures"] == 0 < result["checked"]
+    if not torch.cuda.is_available():
+        assert 'backend "auto" selects: torch' in run.stdout and "No GPU here" in run.stdout
+
+
+def test_kernels_script_fails_on_a_wrong_kernel(tmp_path):
+    """The check is able to fail: with the scale of GLA's products off by one part in ten."""
+    source, broken = (ROOT / "kernels.py").read_text(), tmp_path / "kernels.py"
+    assert source.count("Pc * K ** -0.5") == 1
+    broken.write_text(source.replace("Pc * K ** -0.5", "1.1 * Pc * K ** -0.5"))
+    run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
+    assert run.returncode == 1 and "FAILED" in run.stdout
+    assert json.loads(run.stdout.splitlines()[-1])["failures"] > 0
+
+
+def test_kernels_compile_without_spills_for_a100_and_h100():
+    run = kernels_script("--compile", "sm_80", "sm_90")
+    assert run.returncode == 0, run.stdout[-9000:] + run.stderr[-3000:]
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["failures"] == 0
+    for row in result["rows"]:
+        uses_matrices = row["inputs"] == "bf16" and row["kernel"] not in (
+            "step", "conv", "conv_backward")
+        expected = {"sm_80": "mma", "sm_90": "wgmma"}[row["arch"]] if uses_matrices else "none"
+        assert row["matrix"].startswith(expected), row
+
+
+def test_kernels_script_refuses_and_teaches():
+    for flags, words in ((["--compile", "sm_70"], "sm_70 is not one of"), (["--fast"], "--fast"),
+                         (["--comp", "sm_80"], "--comp")):
+        run = kernels_script(*flags)
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and words in run.stderr
+    run = kernels_script("--help")
+    assert run.returncode == 0 and "python kernels.py --compile" in run.stdout
+    for flag in re.findall(r"--([a-z]+)", run.stdout.split("options:")[1]):
+        assert flag == "help" or f"args.{flag}" in (ROOT / "kernels.py").read_text(), flag
 
 
 # ------------------------------------------------------------------------------------------------
