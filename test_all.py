@@ -2411,8 +2411,10 @@ def test_help_teaches_and_every_flag_is_read(script):
     assert run.returncode == 0 and f"python {script}.py" in run.stdout
     sources = "".join((ROOT / f"{s}.py").read_text() for s in ("eval", script))
     for flag in re.findall(r"--([a-z][\w-]+)", run.stdout.split("options:")[1]):
-        name = flag.replace("-", "_")
-        assert name == "help" or re.search(rf"args\.{name}\b|getattr\(args, name\)", sources), flag
+        name = flag.removeprefix("no-").replace("-", "_")
+        read = re.search(rf"args\.{name}\b", sources) or (
+            f'"{name}"' in sources.partition('"settings": {k: getattr(args, k)')[2])
+        assert name == "help" or read, flag
 
 
 def test_readme_commands_parse(monkeypatch):
