@@ -1793,7 +1793,7 @@ def find_task(name, args):
         raise UserError(f"{task.name} runs programs that the model wrote, behind a fence of "
                         "limits that is not a jail; allow it with --allow-code-execution.")
     if (args.shots or 0) < 0 or (args.shots and task.shot_split is None):
-        raise UserError(f"--shots {args.shots}: {task.name} takes none.")
+        raise UserError(f"--shots {args.shots} is no number of examples for {task.name}.")
     return task
 
 
