@@ -179,7 +179,8 @@ def pooled_outputs(model, mixers, prepared):
 def fit_probe(states, labels, num_classes):
     """A linear probe: multinomial logistic regression, L2 of strength 1, by L-BFGS in fp64, on
     states [N, C] standardised by their own mean and spread -> accuracy(states, labels)."""
-    mean, spread = states.mean(0), states.std(0) + 1e-12
+    mean, spread = states.mean(0), states.std(0, correction=0)
+    spread = torch.where(spread > 1e-9 * mean.abs(), spread, 1.0)       # a channel that is constant
     weight = torch.zeros(states.shape[1] + 1, num_classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12,
                                line_search_fn="strong_wolfe")
@@ -206,6 +207,9 @@ def impact_scores(model, mixers, prepared, seed):
     if not all(isinstance(label, int) for label in labels):
         raise UserError(f"--order impact needs a right choice in every document; {task.name} has "
                         "some without.")
+    if len(labels) < 4:
+        raise UserError(f"--order impact cuts the documents into two halves, and {len(labels)} are "
+                        "too few: search on more.")
     order = random.Random(seed).sample(range(len(labels)), len(labels))
     fit, rest = (sorted(half) for half in (order[: len(order) // 2], order[len(order) // 2:]))
     labels, num_classes, scores = torch.tensor(labels), max(labels) + 1, {}

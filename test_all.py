@@ -2009,6 +2009,11 @@ def test_a_model_that_cannot_share_is_run_plainly(tmp_path):
     layers[0].self_attn.register_forward_hook(lambda m, a, out: passed.update(inner=out[0].mean()))
     layers[4].register_forward_hook(lambda m, a, out: out + passed.pop("inner", 0.0))
     assert not evaluation.layers_can_be_shared(model, split, mixers)
+    model, mixers, split = search_case("llama", "gdn", "choices", 4)
+    mixers[4].o_proj.weight.data.fill_(math.nan)        # a fault of its own, reported as such
+    assert evaluation.layers_can_be_shared(model, split, mixers)
+    with pytest.raises(FloatingPointError, match=r"layers \(4,\)"):
+        evaluation.evaluate_hybrids(model, split, mixers, [(0,), (4,)])
 
 
 def test_layer_tokens_follow_the_arithmetic(lab, runs, tmp_path, monkeypatch, capsys):
@@ -2129,6 +2134,9 @@ def test_linear_probes():
     weight = dict(zip(probe.__code__.co_freevars, probe.__closure__))["logits"].cell_contents
     weight = dict(zip(weight.__code__.co_freevars, weight.__closure__))["weight"].cell_contents
     assert weight.grad.abs().max() < 1e-5
+    constant = torch.cat([states, torch.full((90, 2), 0.3, dtype=torch.float64)], 1)
+    moved = constant + torch.tensor([0.0] * 8 + [1e-6, 0.0], dtype=torch.float64)
+    assert replace.fit_probe(constant[:45], labels[:45], 3)(moved[45:], labels[45:]) == 1.0
     assert replace.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert replace.spearman([1, 2, 2, 4], [4, 3, 2, 1]) == pytest.approx(-0.9486832980505138)
     assert replace.spearman([1, 1], [1, 2]) is None
@@ -2147,6 +2155,9 @@ def test_impact_scores(lab, monkeypatch):
     monkeypatch.setattr(replace, "pooled_outputs", lambda *args: {
         layer: (full, full) for layer, (full, _) in pooled.items()})
     assert all(s["impact"] == 0 for s in replace.impact_scores(model, mixers, split, 0).values())
+    split.docs = split.docs[:3]
+    with pytest.raises(UserError, match="3 are too few"):
+        replace.impact_scores(model, mixers, split, 0)
 
 
 # ------------------------------------------------------------------------------------------------
