@@ -439,10 +439,12 @@ def save_checkpoint(out, step, mixers, optimizers, progress_so_far):
         write_json(out / "checkpoint.json",
                    {"step": step, "progress": progress_so_far, "files": files})
         remove_checkpoints(out, files)
+    gather("the step counts")           # only now may a rank begin the next checkpoint
 
 
 def remove_checkpoints(out, but=()):
-    for path in out.glob("checkpoint-*.safetensors"):
+    """All checkpoints but the named files, and what a kill left half written."""
+    for path in [*out.glob("checkpoint-*.safetensors"), *out.glob(".checkpoint-*.tmp")]:
         if path.name not in but:
             path.unlink()
 
@@ -692,6 +694,9 @@ def main():
                                   base_only=True)
     num_layers = len(attention_modules(model))
     layers = parse_layers(args.layers, num_layers) if args.layers else list(range(num_layers))
+    if args.shard == "layers" and len(layers) < world_size():
+        raise UserError(f"--shard layers: {world_size()} processes have only {len(layers)} layers "
+                        "to divide; start fewer.")
     if args.seq_len > (max_length(model) or math.inf):
         raise UserError(f"--seq-len {args.seq_len} is beyond the model's context of "
                         f"{max_length(model)} tokens.")

@@ -1031,6 +1031,7 @@ def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, caps
         def save_and_die(path, step, *rest):
             save(path, step, *rest)
             if step == stop_at:
+                (path / f".checkpoint-{step}-0.safetensors.tmp").write_bytes(b"half")
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(distill, "save_checkpoint", save_and_die)
@@ -1040,6 +1041,7 @@ def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, caps
                 file.write('{"event": "train", "st')
     monkeypatch.setattr(distill, "save_checkpoint", save)
     assert call(distill_command(lab, out, resume=True, **flags), monkeypatch, capsys)[0] == 0
+    assert not [path for path in out.iterdir() if "checkpoint" in path.name]
     for layer, tensors in enumerate(wanted):
         again = load_file(distill.layer_file(out, layer))
         assert all(torch.equal(again[k], tensors[k]) for k in tensors)
@@ -2211,6 +2213,16 @@ def test_ranks_share_a_distillation(lab, shard, tmp_path, monkeypatch, capsys):
     for a, b in zip(*log):
         if a["event"] == "train":
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("flags, why", (
+    (dict(batch_size=3), "cannot be divided among 2 processes"),
+    (dict(layers=1, shard="layers"), "2 processes have only 1 layers to divide")))
+def test_work_that_ranks_cannot_divide_is_refused(lab, flags, why, tmp_path, monkeypatch, capsys):
+    for module in (distill, evaluation):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
+    code, _, err = call(distill_command(lab, tmp_path / "run", **flags), monkeypatch, capsys)
+    assert code == 2 and why in err and not (tmp_path / "run").exists()
 
 
 def test_gradients_are_averaged_over_ranks(tmp_path):
