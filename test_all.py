@@ -1396,9 +1396,16 @@ def test_a_right_choice_may_be_given_as_text():
     assert TASKS["MK"].requests(mmlu, [mmlu])[0][0].count("Answer: B\n\n") == 1
 
 
-def test_slices_bound_rows_and_padding():
-    cut = evaluation.slices([9, 9, 7, 7, 3, 3, 3, 3], 3, int, 4)
-    assert cut == [[9, 9, 7], [7, 3], [3, 3, 3]]
+def test_slices_are_the_cheapest_cut():
+    lengths = [9, 9, 7, 7, 6, 3, 3, 1]
+    for size, overhead in itertools.product((1, 2, 3, 8), (0, 1, 4, 48)):
+        cuts = [[lengths[i:j] for i, j in itertools.pairwise((0, *inner, len(lengths)))]
+                for n in range(len(lengths)) for inner in itertools.combinations(range(1, 8), n)]
+        price = lambda cut: sum(len(part) * part[0] + overhead for part in cut)
+        cut = evaluation.slices(lengths, size, int, overhead)
+        assert sum(cut, []) == lengths and max(map(len, cut)) <= size
+        assert price(cut) == min(price(c) for c in cuts if max(map(len, c)) <= size)
+    assert list(map(len, evaluation.slices(lengths, 3, int, math.inf))) == [2, 3, 3]
     assert evaluation.slices([], 3, int, 4) == []
 
 
