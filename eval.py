@@ -308,7 +308,7 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     if base_only and is_hybrid(config):
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     kwargs = {"device_map": "auto"} if device == "auto" else {}
-    device = _device(device)
+    device = find_device(device)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     kwargs["dtype"] = getattr(torch, dtype)
@@ -340,7 +340,7 @@ def is_causal(model):
     return not (first - other).abs().max() > 1e-4 * first.abs().max()           # NaN is not its task
 
 
-def _device(name):
+def find_device(name):
     """The device of that name; under torchrun each process has a GPU of its own."""
     if name == "auto":
         if not transformers.utils.is_accelerate_available():

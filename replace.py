@@ -3,6 +3,7 @@
     python replace.py                                           # the demo: offline, CPU
     python replace.py --model M --blocks runs/gdn --task val.jsonl --test test.jsonl --out runs/s
     python replace.py --model M --blocks runs/gdn --task val.jsonl --layers 4,8,12 --out runs/l
+    python replace.py --benchmark               # hours of both phases at the paper's size, on a GPU
 
 Round by round, every layer that is still softmax attention is tried as its distilled linear module;
 the layer whose replacement scores best on the validation split stays replaced. M_opt is the last
@@ -29,15 +30,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from distill import load_blocks, peak_memory, read_run, teacher_forward
+from distill import (
+    load_blocks, make_mixers, make_optimizers, peak_memory, read_run, teacher_forward, train_step)
 from eval import (
-    DEMO, DEMO_TASKS, TASKS, ArgumentParser, UserError, add_model_flags, add_task_flags,
-    attention_modules, check_metric, digest, evaluate_hybrids, file_task, find_task, fingerprint,
-    finish, gather, join_ranks, layers_can_be_shared, load_model, lock_dir, log, make_demo,
-    make_output_dir, pad, parse_layers, positive, prepare, progress, rank, run_script,
-    slices, split_docs, versions, world_size, write_atomic, write_json)
+    CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
+    add_task_flags, answer_hybrids, attention_modules, check_metric, demo_text, demo_tokenizer,
+    digest, evaluate_hybrids, file_task, find_device, find_task, fingerprint, finish, gather, join_ranks,
+    layers_can_be_shared, load_model, lock_dir, log, make_demo, make_output_dir, pad, parse_layers,
+    positive, prepare, progress, rank, run_script, slices, split_docs, versions, world_size,
+    write_atomic, write_json)
+from kernels import measured_limits
 from linear_attn import check_savable, replaced, save_hybrid
+import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
 SLACK = 1e-9        # scores are fractions of counts: equal counts must compare as equal
 
@@ -402,6 +408,104 @@ def report_step(scorer, step):
 
 
 # ------------------------------------------------------------------------------------------------
+# What both phases cost at the paper's size. Random weights: no download, and no meaning in a score
+
+QWEN_1_5B = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                 num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)
+TINY = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+PAPER_TOKENS, PAPER_HOURS = 100_000_000, 2.5        # of an A800, for each of the two phases
+
+
+def random_model(size, device, dtype, seed):
+    torch.manual_seed(seed)
+    config = transformers.Qwen2Config(**size, bos_token_id=None, eos_token_id=None)
+    with device:
+        model = transformers.Qwen2ForCausalLM(config)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def time_distillation(model, mixers, batch, steps):
+    """Hours for the paper's tokens at the speed of train_step on batch [B, T], after a warm-up.
+    FLOPs: those of torch's matrix products and, on a GPU, attention; not of our kernels."""
+    optimizers = make_optimizers(mixers)
+    with FlopCounterMode(display=False) as counter:
+        train_step(model, mixers, optimizers, batch, 1e-4)
+    train_step(model, mixers, optimizers, batch, 1e-4)
+    began = clock(model.device)
+    for _ in progress(range(steps), desc="distill", unit="step", leave=False):
+        train_step(model, mixers, optimizers, batch, 1e-4)
+    per_second = steps / (clock(model.device) - began)
+    return {"hours": PAPER_TOKENS / (batch.numel() * per_second) / 3600,
+            "tokens_per_second": batch.numel() * per_second,
+            "flops_per_second": counter.get_total_flops() * per_second,
+            "peak_memory": peak_memory(model.device)}
+
+
+def time_search(model, mixers, prepared):
+    """Hours for all rounds of Algorithm 1, and what they cost in layer-token forwards."""
+    num_layers, cost = len(mixers), collections.Counter()
+    with FlopCounterMode(display=False) as counter:
+        answer_hybrids(model, prepared, mixers, prepared.batches[0], [()], cost=cost)
+    flops_each = counter.get_total_flops() / cost["run"]
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began, cost = clock(model.device), collections.Counter()
+    evaluations = num_layers * (num_layers + 1) // 2 + 1
+    with progress(total=evaluations * len(prepared.batches), desc="search", unit="batch",
+                  leave=False) as bar:
+        greedy(lambda sets: [score.mean() for score in evaluate_hybrids(
+            model, prepared, mixers, sets, cost=cost, bar=bar)], num_layers, run_all=True)
+    seconds = clock(model.device) - began
+    return {"hours": seconds / 3600, "seconds": seconds, "evaluations": evaluations,
+            "layer_tokens": cost["run"], "plain_layer_tokens": cost["plain"],
+            "flops_per_second": flops_each * cost["run"] / seconds,
+            "peak_memory": peak_memory(model.device)}
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def benchmark(args):
+    """JetBlock on a model of Qwen2.5-1.5B's shape: distillation on 32 x 512 random tokens a step,
+    and the search over all 28 layers on 500 items of 400 random tokens and three single-token
+    choices. On a CPU the same on a tiny model, to see that it runs."""
+    if world_size() > 1:
+        raise UserError("--benchmark measures one process; start it without torchrun.")
+    device = find_device(args.device)
+    gpu = device.type == "cuda"
+    size, dtype, shape, steps, items, length = (
+        (QWEN_1_5B, torch.bfloat16, (32, 512), 20, 500, 400) if gpu else
+        (TINY, torch.float32, (4, 64), 3, 8, 40))
+    model = random_model(size, device, dtype, args.seed)
+    mixers = make_mixers(model, "jet", range(size["num_hidden_layers"]), "inherit", args.seed)
+    rng = random.Random(args.seed)
+    docs = [{"context": demo_text(rng.randrange(64) for _ in range(length)),
+             "choices": ["t1", "t2", "t3"], "gold": rng.randrange(3)} for _ in range(items)]
+    prepared = Prepared(CHOICE_FILE, docs, model, demo_tokenizer(), args.batch_size)
+    draw = torch.Generator().manual_seed(args.seed)
+    batch = torch.randint(size["vocab_size"], shape, generator=draw)
+    phases = {"distillation": time_distillation(model, mixers, batch, steps)}
+    for mixer in mixers.values():
+        mixer.to(dtype).eval().requires_grad_(False)
+    phases["search"] = time_search(model, mixers, prepared)
+    limit = measured_limits()["tflop_s"] * 1e12 if gpu else None
+    name = torch.cuda.get_device_name() if gpu else "CPU, a tiny model: the hours mean nothing"
+    log(f"{name}: {items} items of {length} tokens, {len(mixers)} layers, jet")
+    for phase, row in phases.items():
+        row["share_of_matrix_rate"] = limit and row["flops_per_second"] / limit
+        share = "not measured" if limit is None else f"{row['share_of_matrix_rate']:.1%}"
+        log(f"  {phase}: {row['hours']:.3g} hours (paper: {PAPER_HOURS} of an A800), peak memory "
+            f"{row['peak_memory'] / 2**20:,.0f} MiB, share of the measured matrix rate: {share}")
+    log(f"  distillation at {phases['distillation']['tokens_per_second']:,.0f} tokens per second, "
+        f"hours for {PAPER_TOKENS:,} tokens; search of {phases['search']['evaluations']} evaluations")
+    return {"device": name, "batch_size": args.batch_size, "versions": versions(), **phases}
+
+
+# ------------------------------------------------------------------------------------------------
 # The command line
 
 def parse_args():
@@ -431,6 +535,8 @@ def parse_args():
     parser.add_argument("--plain", action="store_true", help="run all layers anew for every "
                         "candidate, in place of those below it once: slower, the same scores")
     parser.add_argument("--layers", help="no search: score and save just this set, e.g. 4,8,12")
+    parser.add_argument("--benchmark", action="store_true", help="no search: time both phases on a "
+                        "random model of Qwen2.5-1.5B's shape (a tiny one on a CPU)")
     parser.add_argument("--out", help="directory for the journal, the result and the checkpoints")
     return parser.parse_args()
 
@@ -588,6 +694,9 @@ def report_result(result, scorer, out):
 def main():
     args = parse_args()
     join_ranks(args.device)
+    if args.benchmark:
+        finish(benchmark(args))
+        return
     if args.model is not None:
         check_args(args)
         model, tokenizer = load_model(args.model, args.device, args.dtype,

@@ -2040,6 +2040,19 @@ def test_layer_tokens_follow_the_arithmetic(lab, runs, tmp_path, monkeypatch, ca
     assert f"{cost['saved']:.1%}" in err
 
 
+def test_benchmark_of_both_phases(monkeypatch, capsys):
+    code, result, errors = call(["replace.py", "--benchmark", "--device", "cpu"], monkeypatch, capsys)
+    search, distillation = result["search"], result["distillation"]
+    assert code == 0 and "tokens per second" in errors and search["evaluations"] == 11
+    assert search["plain_layer_tokens"] == 11 * 4 * 8 * 40 > search["layer_tokens"]
+    # the FLOPs by hand: q, k, v, o and MLP; the head for one position of each item
+    layer = 2 * (64 * 64 * 3 + 3 * 64 * 128) + 2 * 64 * 64 / (4 * 40)
+    assert search["flops_per_second"] * search["seconds"] / search["layer_tokens"] == pytest.approx(
+        layer, rel=0.01)
+    assert distillation["hours"] == pytest.approx(
+        1e8 / distillation["tokens_per_second"] / 3600)
+
+
 @pytest.mark.parametrize("attn", MIXERS)
 @pytest.mark.parametrize("batch_size", (1, 8, 32))
 def test_slower_ways_give_the_same(lab, runs, attn, batch_size, tmp_path, monkeypatch, capsys):
