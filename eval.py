@@ -1339,14 +1339,16 @@ def batch_generate(model, tokenizer, requests, groups):
     asked = [requests[i] for group in groups for i in group.members]
     ids, real = pad([group.prefix for group in groups], left=True)
     steps, width = [request.limits["max_gen_toks"] for request in asked], ids.shape[1]
+    eos = [tokenizer.eos_token] if tokenizer.eos_token else []  # ends a text as characters, too
     out = model.generate(
         ids.to(model.device), attention_mask=real.long().to(model.device), do_sample=False,
         num_beams=1, max_new_tokens=max(steps), pad_token_id=_pad_id(tokenizer),
         temperature=None, top_p=None, top_k=None,
         stopping_criteria=transformers.StoppingCriteriaList(
-            [StopOnText(tokenizer, [r.limits["until"] for r in asked], width)]))
+            [StopOnText(tokenizer, [r.limits["until"] + eos for r in asked], width)]))
     texts = [tokenizer.decode(row[width: width + n], skip_special_tokens=True)
              for row, n in zip(out, steps)]
+    texts = [text.split(eos[0])[0] if eos else text for text in texts]
     return {i: text for group, text in zip(groups, texts) for i in group.members}
 
 

@@ -1186,6 +1186,18 @@ def test_generation_equals_one_by_one_without_a_cache(lab, runs, attn):
             assert text.split("t7")[0] == split.tokenizer.decode(new).split("t7")[0]
 
 
+def test_eos_written_as_characters_ends_a_text(lab):
+    """As in the harness, which adds the EOS token's text to the stop strings."""
+    model, split = prepared(lab, "generate", batch_size=4)
+    whole = evaluation.evaluate(model, split)
+    words = [text.split() for text, in whole.outputs]
+    split.tokenizer.eos_token = next(w[1] for w in words if len(w) > 1 and w[1] != w[0])
+    cut = evaluation.evaluate(model, split)
+    assert cut.outputs != whole.outputs
+    for (text,), (short,) in zip(whole.outputs, cut.outputs):
+        assert short == text.split(split.tokenizer.eos_token)[0]
+
+
 def test_scores_that_are_not_finite_stop(lab):
     model, split = prepared(lab, "val")
     mixers = distill.make_mixers(model, "gdn", [2], "inherit", 0)
@@ -1410,6 +1422,9 @@ def test_slices_are_the_cheapest_cut():
 
 
 def test_other_prompts():
+    code = {"prompt": "def f():\n", "test": "def check(f):\n    pass\n", "entry_point": "f"}
+    assert TASKS["HumanEval"].requests(code, [code])[0][0] == (
+        "def f():\n def check(f):\n    pass\n\ncheck(f)\n\ndef f():\n")
     mmlu = {"question": " q \n", "choices": ["1", " 2", "3 ", "4"], "answer": 3}
     assert TASKS["EC"].requests(mmlu, [mmlu])[3] == (
         "The following are multiple choice questions (with answers) about econometrics.\n\n"
@@ -2334,6 +2349,7 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the 
     "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
     "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
     "shots of a file": ("eval", dict(shots=2), "named task"),
+    "shots below zero": ("eval", dict(task="pubmedqa", shots=-1), "no number of examples"),
     "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
     "corpus too short": ("distill", dict(data="{tmp}/short.jsonl"), "two"),
     "no such dataset": ("distill", dict(data="no-such/dataset"), "no-such/dataset"),
