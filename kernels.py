@@ -523,6 +523,38 @@ def _store(x, tile, rows, cols, stride, num_rows, num_cols):
 
 
 @_jit
+def _per_token(x, rows, H, left):
+    """One number per token from x [B,T,H]: those of a chunk's rows, zeros behind the last."""
+    return tl.load(x + rows * H, mask=rows < left, other=0).to(tl.float32)
+
+
+@_jit
+def _chunk(index, T, H, C: tl.constexpr):
+    """Of chunk `index` of the B * H * N, head by head: the index as int64, the rows from its first
+    to the end of the sequence, and the first row's place among the B * T * H."""
+    N = tl.cdiv(T, C)
+    bh, n = (index // N).to(tl.int64), index % N
+    return bh * N + n, T - n * C, (bh // H * T + n * C) * H + bh % H
+
+
+@_jit
+def _columns(V, BV: tl.constexpr):
+    """The head bh and the BV columns of the state that a program owns."""
+    blocks = tl.cdiv(V, BV)
+    index = tl.program_id(0)
+    return (index // blocks).to(tl.int64), index % blocks * BV + tl.arange(0, BV)
+
+
+@_jit
+def _load_state(x, bh, keys, cols, K: tl.constexpr, V: tl.constexpr):
+    """Columns of a head's state, or of its gradient, [B,H,K,V]; zeros for None."""
+    if x is None:
+        return tl.zeros([keys.shape[0], cols.shape[0]], tl.float32)
+    else:
+        return _load(x + bh * K * V, keys, cols, V, K, V)
+
+
+@_jit
 def _cumulative_decay(x):
     """G = sum of the log decays up to a row, along axis 0, as (whole, part). Each is exact or
     small, so that a difference of two rows keeps the weak decays behind a strong one, which a
@@ -542,8 +574,7 @@ def _at(x, index, rows):
 def _row_decays(g, rows, H, left, C: tl.constexpr):
     """Delta rule, for the C rows of a chunk: G as (whole, part); exp of G_1, of G - G_1 (whose
     product exp(G) may be too small for fp16), of G_C - G, of G_C - G_1."""
-    x = tl.load(g + rows * H, mask=rows < left, other=0)
-    whole, part = _cumulative_decay(x)
+    whole, part = _cumulative_decay(_per_token(g, rows, H, left))
     from_first = tl.exp(whole - _at(whole, 0, rows) + (part - _at(part, 0, rows)))
     to_end = tl.exp(_at(whole, C - 1, rows) - whole + (_at(part, C - 1, rows) - part))
     first = tl.exp(_at(whole, 0, rows) + _at(part, 0, rows))
@@ -579,26 +610,41 @@ def _unit_inverse(A, rows, LEVELS: tl.constexpr, PREC: tl.constexpr):
 
 
 @_jit
+def _key_products(q, k, rows, left, H, K: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr):
+    """Q K^T and K K^T of a chunk, [C,C], BK channels at a time."""
+    qk = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
+    kk = qk
+    for start in range(0, K, BK):
+        cols = start + tl.arange(0, BK)
+        qc = _load(q, rows, cols, H * K, left, K)                           # [C,BK]
+        kc = _load(k, rows, cols, H * K, left, K)
+        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
+        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
+    return qk, kk
+
+
+@_jit
 def _delta_chunk(q, k, g, beta, P, inverse, T, H, K: tl.constexpr, BK: tl.constexpr,
                  C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
     """P = K^-0.5 Q K^T . D and (1 + A)^-1 with A = strictly lower (beta K K^T . D)."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, left = tl.arange(0, C), T - n * C
-    token = (bh // H * T + n * C) * H + bh % H                              # of row 0, in [B,T,H]
-    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for start in range(0, K, BK):
-        cols = start + tl.arange(0, BK)
-        qc = _load(q + token * K, rows, cols, H * K, left, K)               # [C,BK]
-        kc = _load(k + token * K, rows, cols, H * K, left, K)
-        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
-        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
-    whole, part = _cumulative_decay(tl.load(g + token + rows * H, mask=rows < left, other=0))
-    D = _pair_decay(whole, part, rows)
-    b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
+    chunk, left, token = _chunk(tl.program_id(0), T, H, C)
+    rows = tl.arange(0, C)
+    qk, kk = _key_products(q + token * K, k + token * K, rows, left, H, K, BK, PREC)
+    D = _pair_decay(*_cumulative_decay(_per_token(g + token, rows, H, left)), rows)
+    b = _per_token(beta + token, rows, H, left)
     A = tl.where(rows[:, None] > rows[None, :], b[:, None] * kk * D, 0.0)
-    square = (bh * tl.num_programs(1) + n) * C * C
-    _store(P + square, qk * D * K ** -0.5, rows, rows, C, C, C)
-    _store(inverse + square, _unit_inverse(A, rows, LEVELS, PREC), rows, rows, C, C, C)
+    _store(P + chunk * C * C, qk * D * K ** -0.5, rows, rows, C, C, C)
+    _store(inverse + chunk * C * C, _unit_inverse(A, rows, LEVELS, PREC), rows, rows, C, C, C)
+
+
+@_jit
+def _channel_decay(x):
+    """GLA: G and its last row, by channel, in units of 2^-18, in int32: fp32 would lose weak decays
+    behind strong ones. Rows past the end of the sequence decay nothing, so the last row holds."""
+    whole, part = _cumulative_decay(x)
+    G = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
+    last = tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1
+    return G, tl.sum(tl.where(last, G, 0), 0)
 
 
 @_jit
@@ -607,48 +653,54 @@ def _exp_fixed(G):
 
 
 @_jit
-def _level_decay(G, G_rows, rows, cols, level, stride, num_rows, num_cols):
+def _level_decay(G, rows, level):
     """GLA, at one level: exp of the log decay between each row and the border at which its block
     is joined, for rows behind the border from it, for rows before it to it. Both are <= 1, and
     their product is the decay between the two rows, however strong."""
     border = (rows >> (level + 1) << (level + 1)) + (1 << level) - 1
-    return _exp_fixed(-tl.abs(G_rows - _load(G, border, cols, stride, num_rows, num_cols)))
+    return _exp_fixed(-tl.abs(G - tl.gather(G, tl.broadcast_to(border[:, None], G.shape), 0)))
 
 
 @_jit
-def _gla_chunk(q, k, g, P, G, q_in, k_out, decays, T, H, K: tl.constexpr,
-               BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+def _gla_chunk(q, k, g, P, q_in, k_out, decays, T, H, K: tl.constexpr, BK: tl.constexpr,
+               C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
     """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts =
     K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay in P differs by channel, so it has to be
     split into a factor for q and one for k. One product per level does that for all pairs joined
-    there; the diagonal has no decay.
-    G is stored in units of 2^-18, in int32: fp32 would lose weak decays behind strong ones."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, left, stride = tl.arange(0, C), T - n * C, H * K
-    token = ((bh // H * T + n * C) * H + bh % H) * K
+    there; the diagonal has no decay."""
+    chunk, left, token = _chunk(tl.program_id(0), T, H, C)
+    rows, stride = tl.arange(0, C), H * K
+    q, k, g, q_in, k_out = (q + token * K, k + token * K, g + token * K, q_in + token * K,
+                            k_out + token * K)
     Pc, diagonal = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
-        whole, part = _cumulative_decay(_load(g + token, rows, cols, stride, left, K))
-        Gc = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
-        _store(G + token, Gc, rows, cols, stride, left, K)
-        tl.debug_barrier()                              # other threads read these rows of G below
-        qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
-        kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
-        G_end = tl.load(G + token + (tl.minimum(C, left) - 1) * stride + cols, mask=cols < K,
-                        other=0)
-        _store(q_in + token, qc * _exp_fixed(Gc) * K ** -0.5, rows, cols, stride, left, K)
-        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - Gc), rows, cols, stride, left, K)
-        tl.store(decays + (bh * tl.num_programs(1) + n) * K + cols, _exp_fixed(G_end),
-                 mask=cols < K)
+        G, G_end = _channel_decay(_load(g, rows, cols, stride, left, K))
+        qc = _load(q, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
+        kc = _load(k, rows, cols, stride, left, K).to(tl.float32)
+        _store(q_in, qc * _exp_fixed(G) * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out, kc * _exp_fixed(G_end[None, :] - G), rows, cols, stride, left, K)
+        tl.store(decays + chunk * K + cols, _exp_fixed(G_end), mask=cols < K)
         diagonal += tl.sum(qc * kc, 1)
         for level in range(LEVELS):
-            decay = _level_decay(G + token, Gc, rows, cols, level, stride, left, K)
+            decay = _level_decay(G, rows, level)
             pairs = tl.dot(qc * decay, tl.trans(kc * decay), input_precision=PREC)
             Pc += tl.where(_joined(rows, level), pairs, 0.0)
     Pc = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], Pc)
-    square = (bh * tl.num_programs(1) + n) * C * C
-    _store(P + square, Pc * K ** -0.5, rows, rows, C, C, C)
+    _store(P + chunk * C * C, Pc * K ** -0.5, rows, rows, C, C, C)
+
+
+@_jit
+def _rows_times_state(x, S, PREC: tl.constexpr):
+    """x S, [C,KP] @ [KP,BV]. Without tensor cores a thread holds whole rows of x and columns of S:
+    at wide keys more than it has registers, so the sum is taken in parts of 64."""
+    PARTS: tl.constexpr = x.shape[1] // 64 if PREC == "ieee" else 1
+    if PARTS > 1:
+        x = tl.permute(tl.reshape(x, [x.shape[0], PARTS, 64]), (1, 0, 2))
+        S = tl.reshape(S, [PARTS, 64, S.shape[1]])
+        return tl.sum(tl.dot(x, S, input_precision=PREC), 0)
+    else:
+        return tl.dot(x, S, input_precision=PREC)
 
 
 @_jit
@@ -658,41 +710,37 @@ def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constex
     """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q, k
     and g are q_in, k_out and exp(G_C) of _gla_chunk, and U is V. A program owns BV columns of the
     state, all K rows: columns do not depend on each other."""
-    blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
-    bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
-    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    token = bh // H * T * H + bh % H
-    state = tl.zeros([KP, BV], tl.float32)
-    if start is not None:
-        state = _load(start + bh * K * V, keys, cols, V, K, V)
-    for n in range(num_chunks):
-        left, square = T - n * C, (bh * num_chunks + n) * C * C
+    bh, cols = _columns(V, BV)
+    rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
+    state = _load_state(start, bh, keys, cols, K, V)
+    chunk, left, token = _chunk(bh * num_chunks, T, H, C)
+    for _ in range(num_chunks):
         qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
         kc = _load(k + token * K, rows, keys, H * K, left, K)
         vc = _load(v + token * V, rows, cols, H * V, left, V)               # [C,BV]
         if S is not None:
-            _store(S + (bh * num_chunks + n) * K * V, state, keys, cols, V, K, V)
+            _store(S + chunk * K * V, state, keys, cols, V, K, V)
         S0 = state.to(q.dtype.element_ty)
         if DELTA:
             _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
             from_start, decay = first * from_first, first * last
-            b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-            old = from_start[:, None] * tl.dot(kc, S0, input_precision=PREC)
+            b = _per_token(beta + token, rows, H, left)
+            old = from_start[:, None] * _rows_times_state(kc, S0, PREC)
             R = b[:, None] * (vc.to(tl.float32) - old)
-            X = _load(inverse + square, rows, rows, C, C, C)
+            X = _load(inverse + chunk * C * C, rows, rows, C, C, C)
             u = tl.dot(X, R.to(X.dtype), input_precision=PREC)
             if U is not None:
                 _store(U + token * V, u, rows, cols, H * V, left, V)
-            out = (from_start * K ** -0.5)[:, None] * tl.dot(qc, S0, input_precision=PREC)
+            out = (from_start * K ** -0.5)[:, None] * _rows_times_state(qc, S0, PREC)
             vc, u_out = u.to(vc.dtype), (to_end[:, None] * u).to(vc.dtype)
             state = tl.dot(tl.trans(kc), u_out, decay * state, input_precision=PREC)
         else:
-            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
-            out = tl.dot(qc, S0, input_precision=PREC)
+            decay = tl.load(g + chunk * K + keys, mask=keys < K, other=0)
+            out = _rows_times_state(qc, S0, PREC)
             state = tl.dot(tl.trans(kc), vc, decay[:, None] * state, input_precision=PREC)
-        out = tl.dot(_load(P + square, rows, rows, C, C, C), vc, out, input_precision=PREC)
+        out = tl.dot(_load(P + chunk * C * C, rows, rows, C, C, C), vc, out, input_precision=PREC)
         _store(o + token * V, out, rows, cols, H * V, left, V)
-        token += C * H
+        chunk, left, token = chunk + 1, left - C, token + C * H
     _store(end + bh * K * V, state, keys, cols, V, K, V)
 
 
@@ -703,39 +751,34 @@ def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K:
     """The gradient of the state, from the last chunk to the first; dS of a chunk is that of the
     state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q, k and g are
     as in _scan."""
-    blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
-    bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
-    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    token = (bh // H * T + (num_chunks - 1) * C) * H + bh % H
-    dstate = tl.zeros([KP, BV], tl.float32)
-    if dend is not None:
-        dstate = _load(dend + bh * K * V, keys, cols, V, K, V)
-    for i in range(num_chunks):
-        n = num_chunks - 1 - i
-        left, square = T - n * C, (bh * num_chunks + n) * C * C
+    bh, cols = _columns(V, BV)
+    rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
+    dstate = _load_state(dend, bh, keys, cols, K, V)
+    chunk, left, token = _chunk((bh + 1) * num_chunks - 1, T, H, C)
+    for _ in range(num_chunks):
         qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
         kc = _load(k + token * K, rows, keys, H * K, left, K)
         doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
-        _store(dS + (bh * num_chunks + n) * K * V, dstate, keys, cols, V, K, V)
+        _store(dS + chunk * K * V, dstate, keys, cols, V, K, V)
         dS1 = dstate.to(q.dtype.element_ty)
-        Pc = _load(P + square, rows, rows, C, C, C)
+        Pc = _load(P + chunk * C * C, rows, rows, C, C, C)
         du = tl.dot(tl.trans(Pc), doc, input_precision=PREC)
         if DELTA:
             _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
-            b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-            du += to_end[:, None] * tl.dot(kc, dS1, input_precision=PREC)
-            X = _load(inverse + square, rows, rows, C, C, C)
+            b = _per_token(beta + token, rows, H, left)
+            du += to_end[:, None] * _rows_times_state(kc, dS1, PREC)
+            X = _load(inverse + chunk * C * C, rows, rows, C, C, C)
             du = tl.dot(tl.trans(X), du.to(X.dtype), input_precision=PREC)  # of R from here on
             do_in = (doc.to(tl.float32) * (from_first * K ** -0.5)[:, None]).to(doc.dtype)
             du_in = (du * -(b * from_first)[:, None]).to(doc.dtype)
             dstate = tl.dot(tl.trans(qc), do_in, last * dstate, input_precision=PREC)
             dstate = first * tl.dot(tl.trans(kc), du_in, dstate, input_precision=PREC)
         else:
-            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
-            du = tl.dot(kc, dS1, du, input_precision=PREC)
+            decay = tl.load(g + chunk * K + keys, mask=keys < K, other=0)
+            du += _rows_times_state(kc, dS1, PREC)
             dstate = tl.dot(tl.trans(qc), doc, decay[:, None] * dstate, input_precision=PREC)
         _store(dU + token * V, du, rows, cols, H * V, left, V)
-        token -= C * H
+        chunk, left, token = chunk - 1, left + C, token - C * H
     if dstart is not None:
         _store(dstart + bh * K * V, dstate, keys, cols, V, K, V)
 
@@ -757,13 +800,7 @@ def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.co
         dRc = dRc.to(tl.float32)
         db += tl.sum(dRc * _load(v, rows, cols, H * V, left, V).to(tl.float32), 1)
         _store(dv, b[:, None] * dRc, rows, cols, H * V, left, V)
-    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for start in range(0, K, BK):
-        cols = start + tl.arange(0, BK)
-        qc = _load(q, rows, cols, H * K, left, K)                           # [C,BK]
-        kc = _load(k, rows, cols, H * K, left, K)
-        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
-        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
+    qk, kk = _key_products(q, k, rows, left, H, K, BK, PREC)
     D, below = _pair_decay(whole, part, rows), rows[:, None] > rows[None, :]
     dP = dP * D * K ** -0.5
     dA = tl.where(below, -dA * D, 0.0)
@@ -779,17 +816,16 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
                      C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's inputs, as _DeltaRule.backward has them; what is left out of the sums
     for dg is explained there."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, left = tl.arange(0, C), T - n * C
-    t, s = rows[:, None], rows[None, :]
-    token = (bh // H * T + n * C) * H + bh % H
-    border = (bh * tl.num_programs(1) + n) * K * V
+    chunk, left, token = _chunk(tl.program_id(0), T, H, C)
+    q, k, dq, dk = q + token * K, k + token * K, dq + token * K, dk + token * K
+    v, do, U, dR, dv = v + token * V, do + token * V, U + token * V, dR + token * V, dv + token * V
+    S, dS = S + chunk * K * V, dS + chunk * K * V
+    rows = tl.arange(0, C)
     whole, part, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
     from_start, decay = first * from_first, first * last
-    b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-    dP, dA, dG, db = _delta_pairs(
-        q + token * K, k + token * K, v + token * V, U + token * V, dR + token * V, do + token * V,
-        dv + token * V, whole, part, b, rows, left, H, K, V, BK, BV, C, PREC)
+    b = _per_token(beta + token, rows, H, left)
+    dP, dA, dG, db = _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K, V,
+                                  BK, BV, C, PREC)
     dP, dA = dP.to(q.dtype.element_ty), (dA + tl.trans(dA)).to(q.dtype.element_ty)
     # each row and the state
     in_sum, out_sum = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -800,17 +836,17 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
         dk_out = tl.zeros([C, BK], tl.float32)
         for start_v in range(0, V, BV):
             cols = start_v + tl.arange(0, BV)
-            S0 = _load(S + border, keys, cols, V, K, V)                     # [BK,BV]
-            dS1 = _load(dS + border, keys, cols, V, K, V)
+            S0 = _load(S, keys, cols, V, K, V)                              # [BK,BV]
+            dS1 = _load(dS, keys, cols, V, K, V)
             kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)
-            doc = _load(do + token * V, rows, cols, H * V, left, V)         # [C,BV]
+            doc = _load(do, rows, cols, H * V, left, V)                     # [C,BV]
             dqc = tl.dot(doc, tl.trans(S0), dqc, input_precision=PREC)
-            dRc = _load(dR + token * V, rows, cols, H * V, left, V)
+            dRc = _load(dR, rows, cols, H * V, left, V)
             dk_in = tl.dot(dRc, tl.trans(S0), dk_in, input_precision=PREC)  # of -k_in
-            uc = _load(U + token * V, rows, cols, H * V, left, V)
+            uc = _load(U, rows, cols, H * V, left, V)
             dk_out = tl.dot(uc, tl.trans(dS1), dk_out, input_precision=PREC)
-        qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,BK]
-        kc = _load(k + token * K, rows, keys, H * K, left, K)
+        qc = _load(q, rows, keys, H * K, left, K)                           # [C,BK]
+        kc = _load(k, rows, keys, H * K, left, K)
         dqc *= (from_start * K ** -0.5)[:, None]
         dG += tl.sum(dqc * qc.to(tl.float32), 1)
         in_sum -= tl.sum(dk_in * kc.to(tl.float32), 1)
@@ -819,35 +855,33 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
         dkc = dk_out * to_end[:, None] - dk_in * (b * from_start)[:, None]
         dkc = tl.dot(tl.trans(dP), qc, dkc, input_precision=PREC)
         dkc = tl.dot(dA, kc, dkc, input_precision=PREC)
-        _store(dq + token * K, dqc, rows, keys, H * K, left, K)
-        _store(dk + token * K, dkc, rows, keys, H * K, left, K)
+        _store(dq, dqc, rows, keys, H * K, left, K)
+        _store(dk, dkc, rows, keys, H * K, left, K)
     in_sum *= from_start
     dG += b * in_sum
     # dG goes to the g of its row and all before it; the way to the chunk's end, to those after it
-    later = tl.where(t <= s, dG[None, :], tl.where(t > s, (out_sum * to_end)[None, :], 0.0))
+    later = tl.where(rows[:, None] <= rows[None, :], dG[None, :], (out_sum * to_end)[None, :])
     dgc = tl.sum(later, 1) + decay * tl.sum(kept, 0)
     tl.store(dg + token + rows * H, dgc.to(dg.dtype.element_ty), mask=rows < left)
     tl.store(dbeta + token + rows * H, (db + in_sum).to(dbeta.dtype.element_ty), mask=rows < left)
 
 
 @_jit
-def _gla_gradients(q, k, v, G, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
+def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
                    PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
-    blocks, n = tl.cdiv(K, BK), tl.program_id(1)
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    rows, left, stride = tl.arange(0, C), T - n * C, H * K
+    blocks, rows, stride = tl.cdiv(K, BK), tl.arange(0, C), H * K
+    chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     t, s = rows[:, None], rows[None, :]
-    token = (bh // H * T + n * C) * H + bh % H
-    border = (bh * tl.num_programs(1) + n) * K * V
+    S, dS = S + chunk * K * V, dS + chunk * K * V
     dP, kept = tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
     dqc, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
-        S0 = _load(S + border, keys, cols, V, K, V)                         # [BK,BV]
-        dS1 = _load(dS + border, keys, cols, V, K, V)
+        S0 = _load(S, keys, cols, V, K, V)                         # [BK,BV]
+        dS1 = _load(dS, keys, cols, V, K, V)
         kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)           # <dS, S> per channel
         doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
         vc = _load(v + token * V, rows, cols, H * V, left, V)
@@ -856,15 +890,13 @@ def _gla_gradients(q, k, v, G, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: 
         dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
     qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
     kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
-    Gc = _load(G + token * K, rows, keys, stride, left, K)
-    G_end = tl.load(G + token * K + (tl.minimum(C, left) - 1) * stride + keys,
-                    mask=keys < K, other=0)
+    G, G_end = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
     dP *= K ** -0.5
-    dqc *= _exp_fixed(Gc) * K ** -0.5
-    dk_out *= _exp_fixed(G_end[None, :] - Gc)
+    dqc *= _exp_fixed(G) * K ** -0.5
+    dk_out *= _exp_fixed(G_end[None, :] - G)
     dkc = tl.zeros([C, BK], tl.float32)
     for level in range(LEVELS):
-        factor = _level_decay(G + token * K, Gc, rows, keys, level, stride, left, K)
+        factor = _level_decay(G, rows, level)
         pairs = tl.where(_joined(rows, level), dP, 0.0)
         dqc += factor * tl.dot(pairs, kc * factor, input_precision=PREC)
         dkc += factor * tl.dot(tl.trans(pairs), qc * factor, input_precision=PREC)
@@ -884,13 +916,10 @@ def _step(q, k, v, g, beta, start, o, end, T, H, K: tl.constexpr, V: tl.constexp
           KP: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr):
     """The recurrence itself, for a few tokens. A program owns BV columns of the state, and reads
     and writes them once; end may be start."""
-    blocks = tl.cdiv(V, BV)
-    bh, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, KP)
-    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    bh, cols = _columns(V, BV)
+    keys = tl.arange(0, KP)
     token = bh // H * T * H + bh % H
-    state = tl.zeros([KP, BV], tl.float32)
-    if start is not None:
-        state = _load(start + bh * K * V, keys, cols, V, K, V)
+    state = _load_state(start, bh, keys, cols, K, V)
     for _ in range(T):
         qt = tl.load(q + token * K + keys, mask=keys < K, other=0).to(tl.float32)   # [KP]
         kt = tl.load(k + token * K + keys, mask=keys < K, other=0).to(tl.float32)
@@ -1079,8 +1108,6 @@ def _config(q, V, delta):
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
                               num_warps=gradients[2]) | ({} if delta else levels)
     chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1])
-    if not delta:
-        chunk["num_stages"] = 1     # a prefetched read of G could overtake the write before it
     return {"chunk": chunk, "scan": scan, "gradients": gradients}
 
 
@@ -1094,16 +1121,15 @@ class _Kernels(torch.autograd.Function):
         (B, T, H, K), V, delta = q.shape, v.shape[-1], beta is not None
         config = _config(q, V, delta)
         C = config["chunk"]["C"]
-        N, G, inverse = triton.cdiv(T, C), None, None
+        N, inverse = triton.cdiv(T, C), None
         P, scanned = q.new_empty(B * H, N, C, C), (q, k, g)
         if delta:
             inverse = torch.empty_like(P)
-            _launch(_delta_chunk, (B * H, N), q, k, g, beta, P, inverse, T, H, **config["chunk"])
+            _launch(_delta_chunk, (B * H * N,), q, k, g, beta, P, inverse, T, H, **config["chunk"])
         else:
-            G = torch.empty_like(g, dtype=torch.int32)
             scanned = (torch.empty_like(q), torch.empty_like(k),
                        q.new_empty(B * H, N, K, dtype=torch.float32))
-            _launch(_gla_chunk, (B * H, N), q, k, g, P, G, *scanned, T, H, **config["chunk"])
+            _launch(_gla_chunk, (B * H * N,), q, k, g, P, *scanned, T, H, **config["chunk"])
         o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32)
         S = q.new_empty(B * H, N, K, V) if save else None
         U = torch.empty_like(v) if save and delta else None
@@ -1112,15 +1138,15 @@ class _Kernels(torch.autograd.Function):
         _launch(_scan, (programs,), qs, ks, v, gs, beta, P, inverse, state, o, U, S, end, T, H,
                 **config["scan"])
         if save:
-            ctx.config, ctx.programs, ctx.g_dtype = config, programs, g.dtype
+            ctx.config, ctx.programs = config, programs
             ctx.has_state = state is not None
-            ctx.save_for_backward(q, k, v, G, beta, *scanned, P, inverse, S, U)
+            ctx.save_for_backward(q, k, v, g, beta, *scanned, P, inverse, S, U)
         return o, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dend):
-        q, k, v, G, beta, qs, ks, gs, P, inverse, S, U = ctx.saved_tensors
+        q, k, v, g, beta, qs, ks, gs, P, inverse, S, U = ctx.saved_tensors
         (_, T, H, K), (BH, N), config = q.shape, P.shape[:2], ctx.config
         do, dend = do.contiguous(), dend.contiguous()
         dU, dS = torch.empty_like(v), torch.empty_like(S)
@@ -1129,13 +1155,13 @@ class _Kernels(torch.autograd.Function):
                 dU, dS, dstart, T, H, **config["scan"])
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         if beta is not None:
-            dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gs), torch.empty_like(beta)
-            _launch(_delta_gradients, (BH, N), q, k, v, gs, beta, do, U, dU, S, dS,
+            dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
+            _launch(_delta_gradients, (BH * N,), q, k, v, g, beta, do, U, dU, S, dS,
                     dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
         else:
-            dv, dg, dbeta = dU, torch.empty_like(G, dtype=ctx.g_dtype), None
+            dv, dg, dbeta = dU, torch.empty_like(g), None
             blocks = triton.cdiv(K, config["gradients"]["BK"])
-            _launch(_gla_gradients, (BH * blocks, N), q, k, v, G, do, S, dS, dq, dk, dg, T, H,
+            _launch(_gla_gradients, (BH * N * blocks,), q, k, v, g, do, S, dS, dq, dk, dg, T, H,
                     **config["gradients"])
         return dq, dk, dv, dg, dbeta, dstart, None
 
