@@ -571,17 +571,6 @@ def _at(x, index, rows):
 
 
 @_jit
-def _row_decays(g, rows, H, left, C: tl.constexpr):
-    """Delta rule, for the C rows of a chunk: G as (whole, part); exp of G_1, of G - G_1 (whose
-    product exp(G) may be too small for fp16), of G_C - G, of G_C - G_1."""
-    whole, part = _cumulative_decay(_per_token(g, rows, H, left))
-    from_first = tl.exp(whole - _at(whole, 0, rows) + (part - _at(part, 0, rows)))
-    to_end = tl.exp(_at(whole, C - 1, rows) - whole + (_at(part, C - 1, rows) - part))
-    first = tl.exp(_at(whole, 0, rows) + _at(part, 0, rows))
-    return whole, part, first, from_first, to_end, _at(from_first, C - 1, rows)
-
-
-@_jit
 def _pair_decay(whole, part, rows):
     """D_ts = exp(G_t - G_s) for s <= t, else 0. Masked before exp: above the diagonal it would
     overflow, and inf * 0 is NaN."""
@@ -624,14 +613,22 @@ def _key_products(q, k, rows, left, H, K: tl.constexpr, BK: tl.constexpr, PREC: 
 
 
 @_jit
-def _delta_chunk(q, k, g, beta, P, inverse, T, H, K: tl.constexpr, BK: tl.constexpr,
+def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: tl.constexpr,
                  C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
-    """P = K^-0.5 Q K^T . D and (1 + A)^-1 with A = strictly lower (beta K K^T . D)."""
+    """P = K^-0.5 Q K^T . D and (1 + A)^-1 with A = strictly lower (beta K K^T . D). Also three rows
+    of decays, so that the scan, which nothing overlaps, only has to load them: exp of G, of G - G_1
+    (the scan backwards multiplies by exp(G_1) last: exp(G) may be too small for fp16), of G_C - G.
+    """
     chunk, left, token = _chunk(tl.program_id(0), T, H, C)
     rows = tl.arange(0, C)
     qk, kk = _key_products(q + token * K, k + token * K, rows, left, H, K, BK, PREC)
-    D = _pair_decay(*_cumulative_decay(_per_token(g + token, rows, H, left)), rows)
-    b = _per_token(beta + token, rows, H, left)
+    whole, part = _cumulative_decay(_per_token(g + token, rows, H, left))
+    decays += chunk * 3 * C + rows
+    tl.store(decays, tl.exp(whole + part))
+    tl.store(decays + C, tl.exp(whole - _at(whole, 0, rows) + (part - _at(part, 0, rows))))
+    tl.store(decays + 2 * C,
+             tl.exp(_at(whole, C - 1, rows) - whole + (_at(part, C - 1, rows) - part)))
+    D, b = _pair_decay(whole, part, rows), _per_token(beta + token, rows, H, left)
     A = tl.where(rows[:, None] > rows[None, :], b[:, None] * kk * D, 0.0)
     _store(P + chunk * C * C, qk * D * K ** -0.5, rows, rows, C, C, C)
     _store(inverse + chunk * C * C, _unit_inverse(A, rows, LEVELS, PREC), rows, rows, C, C, C)
@@ -704,12 +701,12 @@ def _rows_times_state(x, S, PREC: tl.constexpr):
 
 
 @_jit
-def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
+def _scan(q, k, v, decays, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
           V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
           DELTA: tl.constexpr, PREC: tl.constexpr):
-    """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q, k
-    and g are q_in, k_out and exp(G_C) of _gla_chunk, and U is V. A program owns BV columns of the
-    state, all K rows: columns do not depend on each other."""
+    """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q
+    and k are q_in and k_out of _gla_chunk, and U is V. A program owns BV columns of the state, all
+    K rows: columns do not depend on each other."""
     bh, cols = _columns(V, BV)
     rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
     state = _load_state(start, bh, keys, cols, K, V)
@@ -722,8 +719,9 @@ def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constex
             _store(S + chunk * K * V, state, keys, cols, V, K, V)
         S0 = state.to(q.dtype.element_ty)
         if DELTA:
-            _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
-            from_start, decay = first * from_first, first * last
+            row_decays = decays + chunk * 3 * C
+            from_start, to_end = tl.load(row_decays + rows), tl.load(row_decays + 2 * C + rows)
+            decay = tl.load(row_decays + C - 1)
             b = _per_token(beta + token, rows, H, left)
             old = from_start[:, None] * _rows_times_state(kc, S0, PREC)
             R = b[:, None] * (vc.to(tl.float32) - old)
@@ -735,7 +733,7 @@ def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constex
             vc, u_out = u.to(vc.dtype), (to_end[:, None] * u).to(vc.dtype)
             state = tl.dot(tl.trans(kc), u_out, decay * state, input_precision=PREC)
         else:
-            decay = tl.load(g + chunk * K + keys, mask=keys < K, other=0)
+            decay = tl.load(decays + chunk * K + keys, mask=keys < K, other=0)
             out = _rows_times_state(qc, S0, PREC)
             state = tl.dot(tl.trans(kc), vc, decay[:, None] * state, input_precision=PREC)
         out = tl.dot(_load(P + chunk * C * C, rows, rows, C, C, C), vc, out, input_precision=PREC)
@@ -745,12 +743,12 @@ def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constex
 
 
 @_jit
-def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K: tl.constexpr,
+def _scan_backward(q, k, decays, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K: tl.constexpr,
                    V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    DELTA: tl.constexpr, PREC: tl.constexpr):
     """The gradient of the state, from the last chunk to the first; dS of a chunk is that of the
-    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q, k and g are
-    as in _scan."""
+    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q and k are as in
+    _scan."""
     bh, cols = _columns(V, BV)
     rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
     dstate = _load_state(dend, bh, keys, cols, K, V)
@@ -764,7 +762,9 @@ def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K:
         Pc = _load(P + chunk * C * C, rows, rows, C, C, C)
         du = tl.dot(tl.trans(Pc), doc, input_precision=PREC)
         if DELTA:
-            _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
+            row_decays = decays + chunk * 3 * C
+            from_first, to_end = tl.load(row_decays + C + rows), tl.load(row_decays + 2 * C + rows)
+            first, last = tl.load(row_decays), tl.load(row_decays + 2 * C - 1)
             b = _per_token(beta + token, rows, H, left)
             du += to_end[:, None] * _rows_times_state(kc, dS1, PREC)
             X = _load(inverse + chunk * C * C, rows, rows, C, C, C)
@@ -774,7 +774,7 @@ def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K:
             dstate = tl.dot(tl.trans(qc), do_in, last * dstate, input_precision=PREC)
             dstate = first * tl.dot(tl.trans(kc), du_in, dstate, input_precision=PREC)
         else:
-            decay = tl.load(g + chunk * K + keys, mask=keys < K, other=0)
+            decay = tl.load(decays + chunk * K + keys, mask=keys < K, other=0)
             du += _rows_times_state(kc, dS1, PREC)
             dstate = tl.dot(tl.trans(qc), doc, decay[:, None] * dstate, input_precision=PREC)
         _store(dU + token * V, du, rows, cols, H * V, left, V)
@@ -811,7 +811,7 @@ def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.co
 
 
 @_jit
-def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
+def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                      C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's inputs, as _DeltaRule.backward has them; what is left out of the sums
@@ -821,8 +821,9 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
     v, do, U, dR, dv = v + token * V, do + token * V, U + token * V, dR + token * V, dv + token * V
     S, dS = S + chunk * K * V, dS + chunk * K * V
     rows = tl.arange(0, C)
-    whole, part, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
-    from_start, decay = first * from_first, first * last
+    whole, part = _cumulative_decay(_per_token(g + token, rows, H, left))
+    decays += chunk * 3 * C
+    from_start, to_end = tl.load(decays + rows), tl.load(decays + 2 * C + rows)
     b = _per_token(beta + token, rows, H, left)
     dP, dA, dG, db = _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K, V,
                                   BK, BV, C, PREC)
@@ -861,7 +862,7 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
     dG += b * in_sum
     # dG goes to the g of its row and all before it; the way to the chunk's end, to those after it
     later = tl.where(rows[:, None] <= rows[None, :], dG[None, :], (out_sum * to_end)[None, :])
-    dgc = tl.sum(later, 1) + decay * tl.sum(kept, 0)
+    dgc = tl.sum(later, 1) + tl.load(decays + C - 1) * tl.sum(kept, 0)
     tl.store(dg + token + rows * H, dgc.to(dg.dtype.element_ty), mask=rows < left)
     tl.store(dbeta + token + rows * H, (db + in_sum).to(dbeta.dtype.element_ty), mask=rows < left)
 
@@ -977,8 +978,8 @@ def _conv(x, kernel, cache, y, T, D, W: tl.constexpr, BT: tl.constexpr, BD: tl.c
     """A program owns BT tokens of BD channels. Neighbouring taps read rows that overlap; those come
     from the L1 cache."""
     b = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    cols = tl.program_id(1) * BD + tl.arange(0, BD)
     if PER_TOKEN:
         kernel += b * T * W * D
     if cache is not None:
@@ -997,9 +998,9 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
     gradient needs dz of the W outputs that saw it; computing z anew, W times in all, costs reads
     from L1 and spares a second launch and a tensor. The gradient of a static kernel is summed over
     the BT rows here and over programs by the caller."""
-    b, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    b, block = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64)
     rows = block * BT - (W - 1) + tl.arange(0, BT)
-    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    cols = tl.program_id(1) * BD + tl.arange(0, BD)
     x, dy, dx = x + b * T * D, dy + b * T * D, dx + b * T * D
     if PER_TOKEN:
         kernel, dkernel = kernel + b * T * W * D, dkernel + b * T * W * D
@@ -1028,7 +1029,7 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
             tl.store(dkernel + (rows[:, None] * W + w) * D + cols[None, :],
                      dtap.to(dkernel.dtype.element_ty), mask=inside & (rows[:, None] >= 0))
         else:
-            partial = (b * tl.num_programs(1) + block) * W + w
+            partial = (b * tl.num_programs(0) + block) * W + w
             tl.store(dkernel + partial * D + cols, tl.sum(dtap, 0), mask=cols < D)
 
 
@@ -1118,50 +1119,47 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, save):
-        (B, T, H, K), V, delta = q.shape, v.shape[-1], beta is not None
-        config = _config(q, V, delta)
-        C = config["chunk"]["C"]
-        N, inverse = triton.cdiv(T, C), None
-        P, scanned = q.new_empty(B * H, N, C, C), (q, k, g)
-        if delta:
-            inverse = torch.empty_like(P)
-            _launch(_delta_chunk, (B * H * N,), q, k, g, beta, P, inverse, T, H, **config["chunk"])
+        (B, T, H, K), V, config = q.shape, v.shape[-1], _config(q, v.shape[-1], beta is not None)
+        C, fp32 = config["scan"]["C"], torch.float32
+        N = B * H * triton.cdiv(T, C)                                       # chunks of all heads
+        P, inverse, qs, ks = q.new_empty(N, C, C), None, q, k
+        if beta is not None:
+            inverse, decays = torch.empty_like(P), g.new_empty(N, 3, C, dtype=fp32)
+            _launch(_delta_chunk, (N,), q, k, g, beta, P, inverse, decays, T, H, **config["chunk"])
         else:
-            scanned = (torch.empty_like(q), torch.empty_like(k),
-                       q.new_empty(B * H, N, K, dtype=torch.float32))
-            _launch(_gla_chunk, (B * H * N,), q, k, g, P, *scanned, T, H, **config["chunk"])
-        o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32)
-        S = q.new_empty(B * H, N, K, V) if save else None
-        U = torch.empty_like(v) if save and delta else None
-        programs = B * H * triton.cdiv(V, config["scan"]["BV"])
-        qs, ks, gs = scanned
-        _launch(_scan, (programs,), qs, ks, v, gs, beta, P, inverse, state, o, U, S, end, T, H,
-                **config["scan"])
+            qs, ks, decays = torch.empty_like(q), torch.empty_like(k), g.new_empty(N, K, dtype=fp32)
+            _launch(_gla_chunk, (N,), q, k, g, P, qs, ks, decays, T, H, **config["chunk"])
+        o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=fp32)
+        S = q.new_empty(N, K, V) if save else None
+        U = torch.empty_like(v) if save and beta is not None else None
+        ctx.programs = B * H * triton.cdiv(V, config["scan"]["BV"])
+        _launch(_scan, (ctx.programs,), qs, ks, v, decays, beta, P, inverse, state, o, U, S, end,
+                T, H, **config["scan"])
         if save:
-            ctx.config, ctx.programs = config, programs
-            ctx.has_state = state is not None
-            ctx.save_for_backward(q, k, v, g, beta, *scanned, P, inverse, S, U)
+            ctx.config, ctx.has_state = config, state is not None
+            ctx.set_materialize_grads(False)        # the gradient of an unused final state is None
+            ctx.save_for_backward(q, k, v, g, beta, qs, ks, decays, P, inverse, S, U)
         return o, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dend):
-        q, k, v, g, beta, qs, ks, gs, P, inverse, S, U = ctx.saved_tensors
-        (_, T, H, K), (BH, N), config = q.shape, P.shape[:2], ctx.config
-        do, dend = do.contiguous(), dend.contiguous()
+        q, k, v, g, beta, qs, ks, decays, P, inverse, S, U = ctx.saved_tensors
+        (B, T, H, K), V, N, config = q.shape, v.shape[-1], len(P), ctx.config
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dend = None if dend is None else dend.contiguous()
+        dstart = q.new_empty(B, H, K, V, dtype=torch.float32) if ctx.has_state else None
         dU, dS = torch.empty_like(v), torch.empty_like(S)
-        dstart = torch.empty_like(dend) if ctx.has_state else None
-        _launch(_scan_backward, (ctx.programs,), qs, ks, gs, beta, P, inverse, do, dend,
+        _launch(_scan_backward, (ctx.programs,), qs, ks, decays, beta, P, inverse, do, dend,
                 dU, dS, dstart, T, H, **config["scan"])
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
         if beta is not None:
-            dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
-            _launch(_delta_gradients, (BH * N,), q, k, v, g, beta, do, U, dU, S, dS,
+            dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
+            _launch(_delta_gradients, (N,), q, k, v, g, beta, decays, do, U, dU, S, dS,
                     dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
         else:
-            dv, dg, dbeta = dU, torch.empty_like(g), None
-            blocks = triton.cdiv(K, config["gradients"]["BK"])
-            _launch(_gla_gradients, (BH * N * blocks,), q, k, v, g, do, S, dS, dq, dk, dg, T, H,
+            dv, dbeta, blocks = dU, None, triton.cdiv(K, config["gradients"]["BK"])
+            _launch(_gla_gradients, (N * blocks,), q, k, v, g, do, S, dS, dq, dk, dg, T, H,
                     **config["gradients"])
         return dq, dk, dv, dg, dbeta, dstart, None
 
@@ -1183,7 +1181,7 @@ class _ConvKernels(torch.autograd.Function):
         ctx.save_for_backward(x, kernel, cache)
         ctx.constants = dict(W=kernel.shape[-2], PER_TOKEN=kernel.dim() == 4,
                              SILU=activation is not None, BT=32, BD=64, num_warps=4)
-        _launch(_conv, (triton.cdiv(D, 64), triton.cdiv(T, 32), B), x, kernel, cache, y, T, D,
+        _launch(_conv, (triton.cdiv(T, 32), triton.cdiv(D, 64), B), x, kernel, cache, y, T, D,
                 **ctx.constants)
         return y
 
@@ -1196,7 +1194,7 @@ class _ConvKernels(torch.autograd.Function):
         dx, dcache = torch.empty_like(x), None if cache is None else torch.empty_like(cache)
         dkernel = (torch.empty_like(kernel) if per_token else
                    x.new_empty(B * blocks, W, D, dtype=torch.float32))
-        _launch(_conv_backward, (triton.cdiv(D, 64), blocks, B), x, kernel, cache, dy.contiguous(),
+        _launch(_conv_backward, (blocks, triton.cdiv(D, 64), B), x, kernel, cache, dy.contiguous(),
                 dx, dkernel, dcache, T, D, **ctx.constants | dict(num_warps=8))
         if not per_token:
             dkernel = dkernel.sum(0).to(kernel.dtype)
@@ -1236,6 +1234,8 @@ def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, bac
     with torch.no_grad():
         if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
             state = initial_state if initial_state is None else initial_state.float()
+            if inplace:
+                torch.autograd.graph.increment_version(state)               # as copy_ below does
             return _run_step(q, k, v, g, beta, state, state if inplace else None)
         if delta:
             o, S = gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
