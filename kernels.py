@@ -896,7 +896,7 @@ def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: 
     dqc *= _exp_fixed(G) * K ** -0.5
     dk_out *= _exp_fixed(G_end[None, :] - G)
     dkc = tl.zeros([C, BK], tl.float32)
-    for level in range(LEVELS):
+    for level in tl.range(LEVELS, disable_licm=True):       # masks kept across levels would spill
         factor = _level_decay(G, rows, level)
         pairs = tl.where(_joined(rows, level), dP, 0.0)
         dqc += factor * tl.dot(pairs, kc * factor, input_precision=PREC)
@@ -1085,10 +1085,10 @@ def _config(q, V, delta):
     and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
     run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
     (B, _, H, K), hopper = q.shape, _is_hopper(q.device)
-    KP, VP, C, precision, stages = _padded(K), _padded(V), 64, "tf32", 2
+    KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
     if q.dtype == torch.float32:
         # full products without tensor cores, for exactness; their operands fill the registers
-        C, precision, stages = 32 if KP <= 64 else 16, "ieee", 1
+        C, precision, stages, scan_stages = 32 if KP <= 64 else 16, "ieee", 1, 1
         chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
     elif hopper:
         # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
@@ -1096,20 +1096,20 @@ def _config(q, V, delta):
         wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
         chunk = (64, 4) if delta else (32, 8)
         scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
-        gradients = (64 if delta and KP > 64 else 32, 64, 8)
+        gradients = (64 if delta and min(KP, VP) > 64 else 32, 64, 8)
     else:
-        # mma.sync keeps its operands in registers, so tiles are smaller; everything fits the 99 KB
-        # of consumer cards too
+        # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
+        # for a second stage; everything fits the 99 KB of consumer cards too
         chunk = (64, 4) if delta else (32, 8)
-        scan = (16 if KP > 128 else 32, 4 if KP <= 64 else 8)
+        scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
         gradients = (32, 32, 8)
-    common = dict(C=C, K=K, PREC=precision, num_stages=stages)
-    levels = dict(LEVELS=C.bit_length() - 1)
-    scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1])
+    common, levels = dict(C=C, K=K, PREC=precision), dict(LEVELS=C.bit_length() - 1)
+    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
+    scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1],
+                         num_stages=scan_stages)
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
-                              num_warps=gradients[2]) | ({} if delta else levels)
-    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1])
-    return {"chunk": chunk, "scan": scan, "gradients": gradients}
+                              num_warps=gradients[2], num_stages=stages)
+    return {"chunk": chunk, "scan": scan, "gradients": gradients | ({} if delta else levels)}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1257,13 +1257,13 @@ TOLERANCES = {
 
 def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
     """{name: tensor} of an op's inputs. q, k, v or x in `dtype`; gates, beta and states in fp32."""
-    draw = torch.Generator().manual_seed(T)
-    normal = lambda *shape: torch.randn(shape, generator=draw)
-    uniform = lambda *shape: torch.rand(shape, generator=draw)
+    draw = torch.Generator(device).manual_seed(T)
+    normal = lambda *shape: torch.randn(shape, generator=draw, device=device)
+    uniform = lambda *shape: torch.rand(shape, generator=draw, device=device)
     if op == "causal_conv":
         inputs = dict(x=normal(B, T, K), kernel=normal(*((4, K) if decay == "static" else
                                                         (B, T, 4, K))), cache=normal(B, 3, K))
-        return {name: x.to(device, dtype) for name, x in inputs.items()}
+        return {name: x.to(dtype) for name, x in inputs.items()}
     delta = op == "gated_delta_rule"
     g = -(20.0 if delta else 5.0) * uniform(B, T, H, *(() if delta else (K,)))
     g = {"strong": g, "mild": g / 100, "none": g * 0}[decay]
@@ -1272,8 +1272,7 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
     if delta:
         inputs["beta"] = uniform(B, T, H)
     inputs["state"] = normal(B, H, K, V)
-    return {name: x.to(device, dtype if name in "qkv" else torch.float32)
-            for name, x in inputs.items()}
+    return {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
 
 
 def _outputs_and_grads(function, inputs, out_grads=None):
@@ -1352,8 +1351,9 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}           # pe
 
 
 def _recorded_launches(arch):
-    """(kernel, arguments, constants) of all launches of the ops, at the head dims where the
-    configurations differ: the ops run on tensors without data, and launch into a list."""
+    """(kernel, arguments, constants) of all launches of the ops, for every choice that _config has:
+    by dtype, padded K and V, and number of heads. Then K and V that differ from their padding, and
+    sizes that nothing divides. The ops run on tensors without data, and launch into a list."""
     global _launch, _is_hopper
     launches = []
     launch, is_hopper = _launch, _is_hopper
@@ -1361,20 +1361,23 @@ def _recorded_launches(arch):
     _is_hopper = lambda device: arch == 90
     tensor = lambda *shape, dtype=torch.float32: torch.empty(
         shape, dtype=dtype, device="meta", requires_grad=True)
-    bf16, fp32, T = torch.bfloat16, torch.float32, 4096
-    for dtype, B, H, K, V in ((bf16, 2, 16, 64, 64), (bf16, 2, 64, 64, 64), (bf16, 2, 16, 128, 128),
-                              (bf16, 2, 64, 128, 128), (bf16, 2, 16, 96, 256),
-                              (bf16, 2, 16, 256, 256), (fp32, 2, 16, 64, 64)):
-        q, k, v = (tensor(B, T, H, D, dtype=dtype) for D in (K, K, V))
-        g, beta, state = tensor(B, T, H), tensor(B, T, H), tensor(B, H, K, V)
-        for gates in ((g, beta), (tensor(B, T, H, K), None)):
+    fp32, fp16, bf16 = KERNEL_DTYPES
+    sizes = [(bf16, 4096, H, K, V) for H in (16, 512) for K in (16, 32, 64, 128, 256)
+             for V in (16, 32, 64, 256)]                                    # 128 as 256
+    sizes += [(fp32, 4096, 16, K, 64) for K in (16, 32, 64, 128, 256)]
+    for dtype, T, H, K, V in (*sizes, (fp16, 4096, 16, 128, 128), (bf16, 4096, 12, 96, 256),
+                              (bf16, 4001, 3, 100, 200)):
+        q, k, v = (tensor(1, T, H, D, dtype=dtype) for D in (K, K, V))
+        g, beta, state = tensor(1, T, H), tensor(1, T, H), tensor(1, H, K, V)
+        for gates in ((g, beta), (tensor(1, T, H, K), None)):
             outputs = _run_kernels(q, k, v, *gates, state)
             torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
             _run_step(q[:, :1], k[:, :1], v[:, :1], *(x if x is None else x[:, :1] for x in gates),
                       state, None)
-    x = tensor(2, T, 1024, dtype=bf16)
-    for kernel in (tensor(4, 1024, dtype=bf16), tensor(2, T, 4, 1024, dtype=bf16)):
-        y = _ConvKernels.apply(x, kernel, tensor(2, 3, 1024, dtype=bf16), "silu")
+    for dtype, shape in ((bf16, (4,)), (bf16, (2, 4096, 4)), (fp32, (4,)), (fp32, (2, 4096, 4))):
+        x, kernel, cache = (tensor(*shape, 1024, dtype=dtype)
+                            for shape in ((2, 4096), shape, (2, 3)))
+        y = _ConvKernels.apply(x, kernel, cache, "silu")
         y.backward(torch.empty_like(y))
     _launch, _is_hopper = launch, is_hopper
     return launches
@@ -1384,7 +1387,7 @@ def _compile_job(kernel, args, constants, arch):
     """A launch as what triton.compile takes, all of it picklable: the signature, the constants and
     the arguments divisible by 16 (a number that is 1 counts as constant, as in a launch on a GPU),
     the options."""
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    names = dict(zip(KERNEL_DTYPES, ("*fp32", "*fp16", "*bf16")))
     constants = dict(constants)
     options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
     values = dict(zip(kernel.arg_names, args))
@@ -1400,7 +1403,6 @@ def _compile_job(kernel, args, constants, arch):
 
 def _compile(job):
     """One row of the table: what the assembler says about a kernel."""
-    import os
     import re
     import subprocess
     import tempfile
@@ -1450,6 +1452,8 @@ def compile_all(archs):
             print(f"{row['arch']:7}{row['kernel']:17}{row['inputs']:7}{row['tile']:46}"
                   f"{row['warps']:5}{row['registers']:10}{row['spills']:10}{row['shared_kb']:10.1f}"
                   f"  {row['matrix']}" + ("  FAILED" if failed else ""), flush=True)
+    print(f"{len(rows)} kernels, {failures} failed; at most {max(row['spills'] for row in rows)} "
+          "bytes spilled")
     return rows, failures
 
 
@@ -1481,14 +1485,19 @@ def cost(op, B, T, H, K, V, backward=False):
 
 def _turns(functions, bench):
     """{name: [median, p20, p80] in ms}. The functions take turns, three times, so that a card that
-    warms up treats all alike. NaN where one runs out of memory."""
+    warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
     rounds = {name: [] for name in functions}
     for _ in range(3):
         for name, function in functions.items():
             try:
-                rounds[name].append(bench(function, quantiles=(0.5, 0.2, 0.8)))
-            except torch.cuda.OutOfMemoryError:
-                rounds[name].append([float("nan")] * 3)
+                times = bench(function, quantiles=(0.5, 0.2, 0.8))
+            except Exception as error:              # another's failure must not end a long run
+                if name == "ours" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                print(f"{name}: {type(error).__name__}", file=sys.stderr)
+                torch.cuda.empty_cache()
+                times = [float("nan")] * 3
+            rounds[name].append(times)
     return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
 
 
@@ -1550,36 +1559,42 @@ def bench_op(section, op, shape, with_torch, limits):
         calls = {name: _both_ways(f, inputs) if backward else lambda f=f: forward(f)
                  for name, f in providers.items()}
         times = _turns(calls, do_bench)
+        peaks = {name: _peak_memory(calls[name]) for name in ("ours", "fla")
+                 if name in times and times[name][0] == times[name][0]}     # not NaN
         size, flops = cost(op, *shape, backward=backward)
+        ours = times["ours"][0]
+        of_copy = size / ours / 1e6 / limits["gb_s"]
+        of_matrix = flops / ours / 1e9 / limits["tflop_s"]
         for name, (median, p20, p80) in times.items():
             row = dict(section=section, op=op, direction=direction, provider=name,
                        **dict(zip("BTHKV", shape)), ms=median, p20=p20, p80=p80)
-            if name in ("ours", "fla") and median == median:
-                row["peak_mb"] = _peak_memory(calls[name])
-            if name == "ours":
-                row |= dict(bytes=size, flops=flops, of_copy=size / median / 1e6 / limits["gb_s"],
-                            of_matrix=flops / median / 1e9 / limits["tflop_s"])
+            row |= dict(peak_mb=peaks[name]) if name in peaks else {}
+            row |= dict(bytes=size, flops=flops, of_copy=of_copy,
+                        of_matrix=of_matrix) if name == "ours" else {}
             rows.append(row)
-        ours, more = times["ours"][0], rows[-len(times)]
-        line = "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
-                         for name, (x, low, high) in times.items())
-        print(f"{op:23}{str(list(shape)):24}{direction:17} {line}  "
-              f"{more['of_copy']:.0%} of copy, {more['of_matrix']:.0%} of matmul"
-              + (f", {ours / times['fla'][0]:.2f} of fla" if "fla" in times else ""), flush=True)
+        print(f"{op:23}{str(list(shape)):24}{direction:17} "
+              + "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
+                          for name, (x, low, high) in times.items())
+              + f"  {of_copy:.0%} of copy, {of_matrix:.0%} of matmul, "
+              + ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())
+              + (f", {ours / times['fla'][0]:.2f} of fla's time" if "fla" in times else ""),
+              flush=True)
     return rows
 
 
-def bench_decode(T):
+def bench_decode(T, limits):
     """One token: our step, fla's, and attention with a cache of T tokens; as CUDA graphs, because
-    at this size a launch from Python takes longer than the kernel."""
+    at this size a launch from Python takes longer than the kernel. The steps go round eight states,
+    more than fits the L2 cache, as between the steps of a model. Attention has one cache."""
+    from itertools import cycle
     from triton.testing import do_bench_cudagraph
     B, H, K, rows = 8, 16, 128, []
     for op in OPS:
         inputs = _random_inputs(op, B, 1, H, K, K, "mild", torch.bfloat16, "cuda")
-        q, k, v, g, state = (inputs[name] for name in ("q", "k", "v", "g", "state"))
-        beta = inputs.get("beta")
+        q, k, v, g = (inputs[name] for name in ("q", "k", "v", "g"))
+        beta, states = inputs.get("beta"), cycle([inputs["state"].clone() for _ in range(8)])
         keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
-        calls = {"ours": lambda: recurrent_step(q, k, v, g, beta, state, inplace=True,
+        calls = {"ours": lambda: recurrent_step(q, k, v, g, beta, next(states), inplace=True,
                                                 backend="triton"),
                  "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
         try:
@@ -1587,36 +1602,46 @@ def bench_decode(T):
             from fla.ops.gla import fused_recurrent_gla
             gates = dict(g=g, beta=beta) if op == OPS[0] else dict(gk=g)
             theirs = fused_recurrent_gated_delta_rule if op == OPS[0] else fused_recurrent_gla
-            calls["fla"] = lambda: theirs(q, k, v, **gates, initial_state=state,
+            calls["fla"] = lambda: theirs(q, k, v, **gates, initial_state=next(states),
                                           output_final_state=True)
         except ImportError:
             pass
         with torch.no_grad():
             times = _turns(calls, do_bench_cudagraph)
+        size = 8 * B * H * K * K                    # the state, fp32, read and written
+        of_copy = size / times["ours"][0] / 1e6 / limits["gb_s"]
         print(f"{op:23}cache {T:6}  "
-              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items()), flush=True)
+              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items())
+              + f"  {of_copy:.0%} of copy", flush=True)
         rows += [dict(section="decode", op=op, direction="step", provider=name, B=B, T=T, H=H, K=K,
-                      V=K, ms=x[0], p20=x[1], p80=x[2]) for name, x in times.items()]
+                      V=K, ms=x[0], p20=x[1], p80=x[2],
+                      **dict(bytes=size, of_copy=of_copy) if name == "ours" else {})
+                 for name, x in times.items()]
     return rows
 
 
 def bench_jet():
-    """JetBlock's two ops, forwards and backwards: a kernel per token, then the delta rule."""
+    """JetBlock's two ops, forwards and backwards, at the shape of Jet-Nemotron-2B: ours, and what
+    was published: a convolution with a kernel per token, SiLU as an op of its own, fla's delta
+    rule. Their convolution is not part of fla; ours and torch's stand in for it."""
     from triton.testing import do_bench
     B, T, H, K, V = shape = 4, 2048, 12, 96, 256
     inputs = _bench_inputs(OPS[0], *shape)
     kernel = torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    def layer(conv_backend, rule):
+    def layer(rule, conv_backend, fused_silu):
         def run(q, k, v, g, beta, kernel):
-            v, _ = causal_conv(v.flatten(2), kernel, None, "silu", conv_backend)
-            return rule(q, k, v.unflatten(2, (H, V)), g, beta)
+            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None,
+                               conv_backend)
+            v = (v if fused_silu else F.silu(v)).unflatten(2, (H, V))
+            return rule(q, k, v, g, beta)
         return run
 
     rules = _providers(OPS[0], with_torch=False)
-    calls = {"ours": layer("triton", rules["ours"])}
+    calls = {"ours": layer(rules["ours"], "triton", True)}
     if "fla" in rules:
-        calls["fla + torch conv"] = layer("torch", rules["fla"])
+        calls["published, our conv"] = layer(rules["fla"], "triton", False)
+        calls["published, torch conv"] = layer(rules["fla"], "torch", False)
     times = _turns({name: _both_ways(f, [*inputs, kernel]) for name, f in calls.items()}, do_bench)
     print("jet, conv and rule     "
           + "  ".join(f"{name} {x[0]:.3f} ms" for name, x in times.items()), flush=True)
@@ -1649,7 +1674,7 @@ def benchmark():
                 shape = (max(1, 16384 // T), T, 16, D, D)
                 rows += bench_op("sweep", op, shape, True, limits)
     for T in (512, 4096, 32768, 65536):
-        rows += bench_decode(T)
+        rows += bench_decode(T, limits)
     return limits, rows + bench_jet()
 
 
@@ -1676,7 +1701,6 @@ def _plot(rows, path):
 
 def header(device):
     """The line that makes a number comparable: chip, driver, versions, commit."""
-    import os
     import subprocess
 
     def said(*command):
@@ -1699,6 +1723,7 @@ def header(device):
 
 def parse_args():
     import argparse
+    import importlib.util
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -1728,13 +1753,17 @@ Exit code 1 if a check fails, before anything is timed. The last line is one JSO
             parser.error(f"{arch} is not one of " + ", ".join(f"sm_{x}" for x in SHARED_KB))
     if args.compile and _INTERPRETED:
         parser.error("--compile needs the compiler: unset TRITON_INTERPRET")
+    for path in filter(None, (args.csv, args.plot)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"there is no folder for {path}")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     return args
 
 
 def main():
     import csv
     import json
-    import sys
     args = parse_args()
     if args.compile:
         rows, failures = compile_all([int(arch[3:]) for arch in args.compile])
