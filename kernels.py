@@ -1040,9 +1040,11 @@ KERNEL_DTYPES, MAX_DIM = (torch.float32, torch.float16, torch.bfloat16), 256
 
 
 def auto_backend(x, *dims):
-    """What backend="auto" means for x and its head dims: "triton" or "torch". Decided here only."""
+    """What backend="auto" means for x and its head dims: "triton", from Ampere on, or "torch".
+    Decided here only."""
     supported = x.dtype in KERNEL_DTYPES and max(dims, default=0) <= MAX_DIM
-    return "triton" if triton is not None and x.is_cuda and supported else "torch"
+    nvidia = triton is not None and x.is_cuda and torch.version.hip is None
+    return "triton" if supported and nvidia and _capability(x.device) >= 8 else "torch"
 
 
 def _use_triton(backend, x, *dims):
@@ -1076,15 +1078,16 @@ def _padded(dim):
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _is_hopper(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _capability(device):
+    """8 is Ampere, 9 is Hopper, 0 a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _config(q, V, delta):
     """Tile sizes and launch options of the four kernels of a call. Picked so that nothing spills
     and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
     run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
-    (B, _, H, K), hopper = q.shape, _is_hopper(q.device)
+    (B, _, H, K), hopper = q.shape, _capability(q.device) == 9
     KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
     if q.dtype == torch.float32:
         # full products without tensor cores, for exactness; their operands fill the registers
@@ -1354,11 +1357,10 @@ def _recorded_launches(arch):
     """(kernel, arguments, constants) of all launches of the ops, for every choice that _config has:
     by dtype, padded K and V, and number of heads. Then K and V that differ from their padding, and
     sizes that nothing divides. The ops run on tensors without data, and launch into a list."""
-    global _launch, _is_hopper
-    launches = []
-    launch, is_hopper = _launch, _is_hopper
+    global _launch, _capability
+    launches, launch, capability = [], _launch, _capability
     _launch = lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
-    _is_hopper = lambda device: arch == 90
+    _capability = lambda device: arch // 10
     tensor = lambda *shape, dtype=torch.float32: torch.empty(
         shape, dtype=dtype, device="meta", requires_grad=True)
     fp32, fp16, bf16 = KERNEL_DTYPES
@@ -1379,7 +1381,7 @@ def _recorded_launches(arch):
                             for shape in ((2, 4096), shape, (2, 3)))
         y = _ConvKernels.apply(x, kernel, cache, "silu")
         y.backward(torch.empty_like(y))
-    _launch, _is_hopper = launch, is_hopper
+    _launch, _capability = launch, capability
     return launches
 
 
@@ -1408,6 +1410,7 @@ def _compile(job):
     import tempfile
     name, signature, constants, divisible, options, arch = job
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -1417,14 +1420,14 @@ def _compile(job):
         with open(path, "w") as file:
             file.write(ptx)
         said = subprocess.run([
-            triton.knobs.nvidia.ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
+            get_ptxas(arch).path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
             f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
                                        said.stderr).groups())
     tile = " ".join(f"{x}={constants[x]}" for x in ("C", "K", "V", "BK", "BV", "BT", "BD", "DELTA",
                                                     "PER_TOKEN") if x in constants)
-    kinds = [kind for kind, sign in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync"))
-             if sign in ptx]
+    kinds = [kind for kind, sign in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"),
+                                     ("mma", "mma.sync")) if sign in ptx]
     return dict(arch=f"sm_{arch}", kernel=name.strip("_"),
                 inputs=next(iter(signature.values())).strip("*"), tile=tile,
                 warps=options["num_warps"], registers=int(re.search(r"Used (\d+)", said.stderr)[1]),
@@ -1501,6 +1504,24 @@ def _turns(functions, bench):
     return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
 
 
+def _fla(op):
+    """fla's chunkwise op and its step, which take what ours take; None if it is not installed."""
+    try:
+        from fla.ops.gated_delta_rule import (chunk_gated_delta_rule,
+                                              fused_recurrent_gated_delta_rule)
+        from fla.ops.gla import chunk_gla, fused_recurrent_gla
+    except ImportError:
+        return None
+    if op == OPS[0]:
+        chunk, step = chunk_gated_delta_rule, lambda q, k, v, g, beta, state: (
+            fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state,
+                                             output_final_state=True))
+    else:
+        chunk, step = chunk_gla, lambda q, k, v, g, beta, state: (
+            fused_recurrent_gla(q, k, v, gk=g, initial_state=state, output_final_state=True))
+    return lambda *x: chunk(*x, output_final_state=True)[0], step
+
+
 def _providers(op, with_torch):
     """{name: function of the op's inputs that returns o}: ours, fla's if installed, the torch form,
     and the softmax attention that the op stands in for."""
@@ -1508,15 +1529,10 @@ def _providers(op, with_torch):
         return F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
-    ours = globals()[op]
+    ours, fla = globals()[op], _fla(op)
     providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-        from fla.ops.gla import chunk_gla
-        theirs = chunk_gated_delta_rule if op == OPS[0] else chunk_gla
-        providers["fla"] = lambda *x: theirs(*x, output_final_state=True)[0]
-    except ImportError:
-        pass
+    if fla:
+        providers["fla"] = fla[0]
     if with_torch:
         providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
     return providers | {"sdpa": attention}
@@ -1594,18 +1610,12 @@ def bench_decode(T, limits):
         q, k, v, g = (inputs[name] for name in ("q", "k", "v", "g"))
         beta, states = inputs.get("beta"), cycle([inputs["state"].clone() for _ in range(8)])
         keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
-        calls = {"ours": lambda: recurrent_step(q, k, v, g, beta, next(states), inplace=True,
+        fla, inputs = _fla(op), (q, k, v, g, beta)
+        calls = {"ours": lambda: recurrent_step(*inputs, next(states), inplace=True,
                                                 backend="triton"),
                  "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
-        try:
-            from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-            from fla.ops.gla import fused_recurrent_gla
-            gates = dict(g=g, beta=beta) if op == OPS[0] else dict(gk=g)
-            theirs = fused_recurrent_gated_delta_rule if op == OPS[0] else fused_recurrent_gla
-            calls["fla"] = lambda: theirs(q, k, v, **gates, initial_state=next(states),
-                                          output_final_state=True)
-        except ImportError:
-            pass
+        if fla:
+            calls["fla"] = lambda: fla[1](*inputs, next(states))
         with torch.no_grad():
             times = _turns(calls, do_bench_cudagraph)
         size = 8 * B * H * K * K                    # the state, fp32, read and written
@@ -1713,10 +1723,11 @@ def header(device):
     info = dict(device="CPU, in Triton's interpreter", torch=torch.__version__,
                 triton=triton.__version__, commit=said("git", "rev-parse", "--short", "HEAD"))
     if device == "cuda":
+        from triton.backends.nvidia.compiler import get_ptxas
         info |= dict(device=torch.cuda.get_device_name(),
                      driver=said("nvidia-smi", "--query-gpu=driver_version",
                                  "--format=csv,noheader"),
-                     ptxas=triton.knobs.nvidia.ptxas.version)
+                     ptxas=get_ptxas(10 * _capability(torch.device("cuda"))).version)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 
