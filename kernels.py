@@ -492,7 +492,8 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 # -----------------------------------------------------------------------------
 # Triton: the same chunkwise forms on a GPU, two launches forwards and two backwards
 #
-#   chunk   one program per chunk and head: what needs no state (P, and (1 + A)^-1 or G)
+#   chunk   one program per chunk and head: what needs no state (P, the decays, and (1 + A)^-1
+#           for the delta rule, decayed q and k for GLA)
 #   scan    one program per head and BV value columns, chunk after chunk: the state stays in
 #           registers from the first token to the last, and o is written on the way
 #   scan, backwards            the same for dS, from the last chunk to the first
@@ -636,8 +637,8 @@ def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: t
 
 @_jit
 def _channel_decay(x):
-    """GLA: G and its last row, by channel, in units of 2^-18, in int32: fp32 would lose weak decays
-    behind strong ones. Rows past the end of the sequence decay nothing, so the last row holds."""
+    """GLA: G and its last row, by channel, in units of 2^-18, in int32, which holds 64 times -120:
+    fp32 would lose weak decays behind strong ones. Rows past the sequence's end decay nothing."""
     whole, part = _cumulative_decay(x)
     G = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
     last = tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1
@@ -666,17 +667,15 @@ def _gla_chunk(q, k, g, P, q_in, k_out, decays, T, H, K: tl.constexpr, BK: tl.co
     split into a factor for q and one for k. One product per level does that for all pairs joined
     there; the diagonal has no decay."""
     chunk, left, token = _chunk(tl.program_id(0), T, H, C)
-    rows, stride = tl.arange(0, C), H * K
-    q, k, g, q_in, k_out = (q + token * K, k + token * K, g + token * K, q_in + token * K,
-                            k_out + token * K)
+    rows, stride, token = tl.arange(0, C), H * K, token * K
     Pc, diagonal = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
-        G, G_end = _channel_decay(_load(g, rows, cols, stride, left, K))
-        qc = _load(q, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
-        kc = _load(k, rows, cols, stride, left, K).to(tl.float32)
-        _store(q_in, qc * _exp_fixed(G) * K ** -0.5, rows, cols, stride, left, K)
-        _store(k_out, kc * _exp_fixed(G_end[None, :] - G), rows, cols, stride, left, K)
+        G, G_end = _channel_decay(_load(g + token, rows, cols, stride, left, K))
+        qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
+        kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
+        _store(q_in + token, qc * _exp_fixed(G) * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - G), rows, cols, stride, left, K)
         tl.store(decays + chunk * K + cols, _exp_fixed(G_end), mask=cols < K)
         diagonal += tl.sum(qc * kc, 1)
         for level in range(LEVELS):
@@ -1177,15 +1176,18 @@ def _run_kernels(q, k, v, g, beta, state):
 
 
 class _ConvKernels(torch.autograd.Function):
+    """The launches of causal_conv, all contiguous. Tiles are 32 tokens of 128 bytes. Backwards the
+    registers hold one program per processor, so that it has 16 warps to hide memory's latency."""
 
     @staticmethod
     def forward(ctx, x, kernel, cache, activation):
-        (B, T, D), y = x.shape, torch.empty_like(x)
+        (B, T, D), W, y = x.shape, kernel.shape[-2], torch.empty_like(x)
         ctx.save_for_backward(x, kernel, cache)
-        ctx.constants = dict(W=kernel.shape[-2], PER_TOKEN=kernel.dim() == 4,
-                             SILU=activation is not None, BT=32, BD=64, num_warps=4)
-        _launch(_conv, (triton.cdiv(T, 32), triton.cdiv(D, 64), B), x, kernel, cache, y, T, D,
-                **ctx.constants)
+        ctx.constants = dict(W=W, PER_TOKEN=kernel.dim() == 4, SILU=activation is not None, BT=32,
+                             BD=128 // x.element_size())
+        ctx.tiles = triton.cdiv(D, ctx.constants["BD"]), B
+        _launch(_conv, (triton.cdiv(T, 32), *ctx.tiles), x, kernel, cache, y, T, D,
+                **ctx.constants, num_warps=4)
         return y
 
     @staticmethod
@@ -1197,8 +1199,8 @@ class _ConvKernels(torch.autograd.Function):
         dx, dcache = torch.empty_like(x), None if cache is None else torch.empty_like(cache)
         dkernel = (torch.empty_like(kernel) if per_token else
                    x.new_empty(B * blocks, W, D, dtype=torch.float32))
-        _launch(_conv_backward, (blocks, triton.cdiv(D, 64), B), x, kernel, cache, dy.contiguous(),
-                dx, dkernel, dcache, T, D, **ctx.constants | dict(num_warps=8))
+        _launch(_conv_backward, (blocks, *ctx.tiles), x, kernel, cache, dy.contiguous(),
+                dx, dkernel, dcache, T, D, **ctx.constants, num_warps=16)
         if not per_token:
             dkernel = dkernel.sum(0).to(kernel.dtype)
         return dx, dkernel, dcache, None

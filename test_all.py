@@ -552,7 +552,8 @@ def test_kernels_compile_without_spills_for_a100_and_h100():
 
 def test_kernels_script_refuses_and_teaches():
     for flags, words in ((["--compile", "sm_70"], "sm_70 is not one of"), (["--fast"], "--fast"),
-                         (["--comp", "sm_80"], "--comp")):
+                         (["--comp", "sm_80"], "--comp"),
+                         (["--csv", "nowhere/kernels.csv"], "there is no folder")):
         run = kernels_script(*flags)
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and words in run.stderr
     run = kernels_script("--help")
