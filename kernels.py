@@ -1356,9 +1356,10 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}           # pe
 
 
 def _recorded_launches(arch):
-    """(kernel, arguments, constants) of all launches of the ops, for every choice that _config has:
-    by dtype, padded K and V, and number of heads. Then K and V that differ from their padding, and
-    sizes that nothing divides. The ops run on tensors without data, and launch into a list."""
+    """(kernel, arguments, constants) of all launches of the ops, for what _config chooses by: dtype,
+    padded K, V of less than a block of columns, one and many, few heads or many. Then K and V that
+    differ from their padding, and sizes that nothing divides. The ops run on tensors without data,
+    and launch into a list."""
     global _launch, _capability
     launches, launch, capability = [], _launch, _capability
     _launch = lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
@@ -1366,11 +1367,11 @@ def _recorded_launches(arch):
     tensor = lambda *shape, dtype=torch.float32: torch.empty(
         shape, dtype=dtype, device="meta", requires_grad=True)
     fp32, fp16, bf16 = KERNEL_DTYPES
-    sizes = [(bf16, 4096, H, K, V) for H in (16, 512) for K in (16, 32, 64, 128, 256)
-             for V in (16, 32, 64, 256)]                                    # 128 as 256
+    sizes = [(bf16, 4096, H, K, V) for H in (16, 512) for K in (16, 64, 128, 256)
+             for V in (16, 64, 256)]
     sizes += [(fp32, 4096, 16, K, 64) for K in (16, 32, 64, 128, 256)]
-    for dtype, T, H, K, V in (*sizes, (fp16, 4096, 16, 128, 128), (bf16, 4096, 12, 96, 256),
-                              (bf16, 4001, 3, 100, 200)):
+    for dtype, T, H, K, V in (*sizes, (bf16, 4096, 16, 32, 32), (fp16, 4096, 16, 128, 128),
+                              (bf16, 4096, 12, 96, 256), (bf16, 4001, 3, 100, 200)):
         q, k, v = (tensor(1, T, H, D, dtype=dtype) for D in (K, K, V))
         g, beta, state = tensor(1, T, H), tensor(1, T, H), tensor(1, H, K, V)
         for gates in ((g, beta), (tensor(1, T, H, K), None)):
