@@ -492,7 +492,8 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 # -----------------------------------------------------------------------------
 # Triton: the same chunkwise forms on a GPU, two launches forwards and two backwards
 #
-#   chunk   one program per chunk and head: what needs no state (P, and (1 + A)^-1 or G)
+#   chunk   one program per chunk and head: what needs no state (P, the decays, and (1 + A)^-1
+#           for the delta rule, decayed q and k for GLA)
 #   scan    one program per head and BV value columns, chunk after chunk: the state stays in
 #           registers from the first token to the last, and o is written on the way
 #   scan, backwards            the same for dS, from the last chunk to the first
@@ -523,6 +524,38 @@ def _store(x, tile, rows, cols, stride, num_rows, num_cols):
 
 
 @_jit
+def _per_token(x, rows, H, left):
+    """One number per token from x [B,T,H]: those of a chunk's rows, zeros behind the last."""
+    return tl.load(x + rows * H, mask=rows < left, other=0).to(tl.float32)
+
+
+@_jit
+def _chunk(index, T, H, C: tl.constexpr):
+    """Of chunk `index` of the B * H * N, head by head: the index as int64, the rows from its first
+    to the end of the sequence, and the first row's place among the B * T * H."""
+    N = tl.cdiv(T, C)
+    bh, n = (index // N).to(tl.int64), index % N
+    return bh * N + n, T - n * C, (bh // H * T + n * C) * H + bh % H
+
+
+@_jit
+def _columns(V, BV: tl.constexpr):
+    """The head bh and the BV columns of the state that a program owns."""
+    blocks = tl.cdiv(V, BV)
+    index = tl.program_id(0)
+    return (index // blocks).to(tl.int64), index % blocks * BV + tl.arange(0, BV)
+
+
+@_jit
+def _load_state(x, bh, keys, cols, K: tl.constexpr, V: tl.constexpr):
+    """Columns of a head's state, or of its gradient, [B,H,K,V]; zeros for None."""
+    if x is None:
+        return tl.zeros([keys.shape[0], cols.shape[0]], tl.float32)
+    else:
+        return _load(x + bh * K * V, keys, cols, V, K, V)
+
+
+@_jit
 def _cumulative_decay(x):
     """G = sum of the log decays up to a row, along axis 0, as (whole, part). Each is exact or
     small, so that a difference of two rows keeps the weak decays behind a strong one, which a
@@ -536,18 +569,6 @@ def _cumulative_decay(x):
 def _at(x, index, rows):
     """The entry of a vector at one row."""
     return tl.sum(tl.where(rows == index, x, 0.0), 0)
-
-
-@_jit
-def _row_decays(g, rows, H, left, C: tl.constexpr):
-    """Delta rule, for the C rows of a chunk: G as (whole, part); exp of G_1, of G - G_1 (whose
-    product exp(G) may be too small for fp16), of G_C - G, of G_C - G_1."""
-    x = tl.load(g + rows * H, mask=rows < left, other=0)
-    whole, part = _cumulative_decay(x)
-    from_first = tl.exp(whole - _at(whole, 0, rows) + (part - _at(part, 0, rows)))
-    to_end = tl.exp(_at(whole, C - 1, rows) - whole + (_at(part, C - 1, rows) - part))
-    first = tl.exp(_at(whole, 0, rows) + _at(part, 0, rows))
-    return whole, part, first, from_first, to_end, _at(from_first, C - 1, rows)
 
 
 @_jit
@@ -579,26 +600,49 @@ def _unit_inverse(A, rows, LEVELS: tl.constexpr, PREC: tl.constexpr):
 
 
 @_jit
-def _delta_chunk(q, k, g, beta, P, inverse, T, H, K: tl.constexpr, BK: tl.constexpr,
-                 C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
-    """P = K^-0.5 Q K^T . D and (1 + A)^-1 with A = strictly lower (beta K K^T . D)."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, left = tl.arange(0, C), T - n * C
-    token = (bh // H * T + n * C) * H + bh % H                              # of row 0, in [B,T,H]
-    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+def _key_products(q, k, rows, left, H, K: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr):
+    """Q K^T and K K^T of a chunk, [C,C], BK channels at a time."""
+    qk = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
+    kk = qk
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
-        qc = _load(q + token * K, rows, cols, H * K, left, K)               # [C,BK]
-        kc = _load(k + token * K, rows, cols, H * K, left, K)
+        qc = _load(q, rows, cols, H * K, left, K)                           # [C,BK]
+        kc = _load(k, rows, cols, H * K, left, K)
         qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
         kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
-    whole, part = _cumulative_decay(tl.load(g + token + rows * H, mask=rows < left, other=0))
-    D = _pair_decay(whole, part, rows)
-    b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
+    return qk, kk
+
+
+@_jit
+def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: tl.constexpr,
+                 C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """P = K^-0.5 Q K^T . D and (1 + A)^-1 with A = strictly lower (beta K K^T . D). Also three rows
+    of decays, so that the scan, which nothing overlaps, only has to load them: exp of G, of G - G_1
+    (the scan backwards multiplies by exp(G_1) last: exp(G) may be too small for fp16), of G_C - G.
+    """
+    chunk, left, token = _chunk(tl.program_id(0), T, H, C)
+    rows = tl.arange(0, C)
+    qk, kk = _key_products(q + token * K, k + token * K, rows, left, H, K, BK, PREC)
+    whole, part = _cumulative_decay(_per_token(g + token, rows, H, left))
+    decays += chunk * 3 * C + rows
+    tl.store(decays, tl.exp(whole + part))
+    tl.store(decays + C, tl.exp(whole - _at(whole, 0, rows) + (part - _at(part, 0, rows))))
+    tl.store(decays + 2 * C,
+             tl.exp(_at(whole, C - 1, rows) - whole + (_at(part, C - 1, rows) - part)))
+    D, b = _pair_decay(whole, part, rows), _per_token(beta + token, rows, H, left)
     A = tl.where(rows[:, None] > rows[None, :], b[:, None] * kk * D, 0.0)
-    square = (bh * tl.num_programs(1) + n) * C * C
-    _store(P + square, qk * D * K ** -0.5, rows, rows, C, C, C)
-    _store(inverse + square, _unit_inverse(A, rows, LEVELS, PREC), rows, rows, C, C, C)
+    _store(P + chunk * C * C, qk * D * K ** -0.5, rows, rows, C, C, C)
+    _store(inverse + chunk * C * C, _unit_inverse(A, rows, LEVELS, PREC), rows, rows, C, C, C)
+
+
+@_jit
+def _channel_decay(x):
+    """GLA: G and its last row, by channel, in units of 2^-18, in int32, which holds 64 times -120:
+    fp32 would lose weak decays behind strong ones. Rows past the sequence's end decay nothing."""
+    whole, part = _cumulative_decay(x)
+    G = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
+    last = tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1
+    return G, tl.sum(tl.where(last, G, 0), 0)
 
 
 @_jit
@@ -607,135 +651,133 @@ def _exp_fixed(G):
 
 
 @_jit
-def _level_decay(G, G_rows, rows, cols, level, stride, num_rows, num_cols):
+def _level_decay(G, rows, level):
     """GLA, at one level: exp of the log decay between each row and the border at which its block
     is joined, for rows behind the border from it, for rows before it to it. Both are <= 1, and
     their product is the decay between the two rows, however strong."""
     border = (rows >> (level + 1) << (level + 1)) + (1 << level) - 1
-    return _exp_fixed(-tl.abs(G_rows - _load(G, border, cols, stride, num_rows, num_cols)))
+    return _exp_fixed(-tl.abs(G - tl.gather(G, tl.broadcast_to(border[:, None], G.shape), 0)))
 
 
 @_jit
-def _gla_chunk(q, k, g, P, G, q_in, k_out, decays, T, H, K: tl.constexpr,
-               BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+def _gla_chunk(q, k, g, P, q_in, k_out, decays, T, H, K: tl.constexpr, BK: tl.constexpr,
+               C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
     """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts =
     K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay in P differs by channel, so it has to be
     split into a factor for q and one for k. One product per level does that for all pairs joined
-    there; the diagonal has no decay.
-    G is stored in units of 2^-18, in int32: fp32 would lose weak decays behind strong ones."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, left, stride = tl.arange(0, C), T - n * C, H * K
-    token = ((bh // H * T + n * C) * H + bh % H) * K
+    there; the diagonal has no decay."""
+    chunk, left, token = _chunk(tl.program_id(0), T, H, C)
+    rows, stride, token = tl.arange(0, C), H * K, token * K
     Pc, diagonal = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
-        whole, part = _cumulative_decay(_load(g + token, rows, cols, stride, left, K))
-        Gc = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
-        _store(G + token, Gc, rows, cols, stride, left, K)
-        tl.debug_barrier()                              # other threads read these rows of G below
+        G, G_end = _channel_decay(_load(g + token, rows, cols, stride, left, K))
         qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
         kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
-        G_end = tl.load(G + token + (tl.minimum(C, left) - 1) * stride + cols, mask=cols < K,
-                        other=0)
-        _store(q_in + token, qc * _exp_fixed(Gc) * K ** -0.5, rows, cols, stride, left, K)
-        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - Gc), rows, cols, stride, left, K)
-        tl.store(decays + (bh * tl.num_programs(1) + n) * K + cols, _exp_fixed(G_end),
-                 mask=cols < K)
+        _store(q_in + token, qc * _exp_fixed(G) * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - G), rows, cols, stride, left, K)
+        tl.store(decays + chunk * K + cols, _exp_fixed(G_end), mask=cols < K)
         diagonal += tl.sum(qc * kc, 1)
         for level in range(LEVELS):
-            decay = _level_decay(G + token, Gc, rows, cols, level, stride, left, K)
+            decay = _level_decay(G, rows, level)
             pairs = tl.dot(qc * decay, tl.trans(kc * decay), input_precision=PREC)
             Pc += tl.where(_joined(rows, level), pairs, 0.0)
     Pc = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], Pc)
-    square = (bh * tl.num_programs(1) + n) * C * C
-    _store(P + square, Pc * K ** -0.5, rows, rows, C, C, C)
+    _store(P + chunk * C * C, Pc * K ** -0.5, rows, rows, C, C, C)
 
 
 @_jit
-def _scan(q, k, v, g, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
+def _rows_times_state(x, S, PREC: tl.constexpr):
+    """x S, [C,KP] @ [KP,BV]. Without tensor cores a thread holds whole rows of x and columns of S:
+    at wide keys more than it has registers, so the sum is taken in parts of 64."""
+    PARTS: tl.constexpr = x.shape[1] // 64 if PREC == "ieee" else 1
+    if PARTS > 1:
+        x = tl.permute(tl.reshape(x, [x.shape[0], PARTS, 64]), (1, 0, 2))
+        S = tl.reshape(S, [PARTS, 64, S.shape[1]])
+        return tl.sum(tl.dot(x, S, input_precision=PREC), 0)
+    else:
+        return tl.dot(x, S, input_precision=PREC)
+
+
+@_jit
+def _scan(q, k, v, decays, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
           V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
           DELTA: tl.constexpr, PREC: tl.constexpr):
-    """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q, k
-    and g are q_in, k_out and exp(G_C) of _gla_chunk, and U is V. A program owns BV columns of the
-    state, all K rows: columns do not depend on each other."""
-    blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
-    bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
-    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    token = bh // H * T * H + bh % H
-    state = tl.zeros([KP, BV], tl.float32)
-    if start is not None:
-        state = _load(start + bh * K * V, keys, cols, V, K, V)
-    for n in range(num_chunks):
-        left, square = T - n * C, (bh * num_chunks + n) * C * C
+    """The state, its outputs, and for the backward pass S at the chunks' starts and U. For GLA q
+    and k are q_in and k_out of _gla_chunk, and U is V. A program owns BV columns of the state, all
+    K rows: columns do not depend on each other."""
+    bh, cols = _columns(V, BV)
+    rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
+    state = _load_state(start, bh, keys, cols, K, V)
+    chunk, left, token = _chunk(bh * num_chunks, T, H, C)
+    for _ in range(num_chunks):
         qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
         kc = _load(k + token * K, rows, keys, H * K, left, K)
         vc = _load(v + token * V, rows, cols, H * V, left, V)               # [C,BV]
         if S is not None:
-            _store(S + (bh * num_chunks + n) * K * V, state, keys, cols, V, K, V)
+            _store(S + chunk * K * V, state, keys, cols, V, K, V)
         S0 = state.to(q.dtype.element_ty)
         if DELTA:
-            _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
-            from_start, decay = first * from_first, first * last
-            b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-            old = from_start[:, None] * tl.dot(kc, S0, input_precision=PREC)
+            row_decays = decays + chunk * 3 * C
+            from_start, to_end = tl.load(row_decays + rows), tl.load(row_decays + 2 * C + rows)
+            decay = tl.load(row_decays + C - 1)
+            b = _per_token(beta + token, rows, H, left)
+            old = from_start[:, None] * _rows_times_state(kc, S0, PREC)
             R = b[:, None] * (vc.to(tl.float32) - old)
-            X = _load(inverse + square, rows, rows, C, C, C)
+            X = _load(inverse + chunk * C * C, rows, rows, C, C, C)
             u = tl.dot(X, R.to(X.dtype), input_precision=PREC)
             if U is not None:
                 _store(U + token * V, u, rows, cols, H * V, left, V)
-            out = (from_start * K ** -0.5)[:, None] * tl.dot(qc, S0, input_precision=PREC)
+            out = (from_start * K ** -0.5)[:, None] * _rows_times_state(qc, S0, PREC)
             vc, u_out = u.to(vc.dtype), (to_end[:, None] * u).to(vc.dtype)
             state = tl.dot(tl.trans(kc), u_out, decay * state, input_precision=PREC)
         else:
-            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
-            out = tl.dot(qc, S0, input_precision=PREC)
+            decay = tl.load(decays + chunk * K + keys, mask=keys < K, other=0)
+            out = _rows_times_state(qc, S0, PREC)
             state = tl.dot(tl.trans(kc), vc, decay[:, None] * state, input_precision=PREC)
-        out = tl.dot(_load(P + square, rows, rows, C, C, C), vc, out, input_precision=PREC)
+        out = tl.dot(_load(P + chunk * C * C, rows, rows, C, C, C), vc, out, input_precision=PREC)
         _store(o + token * V, out, rows, cols, H * V, left, V)
-        token += C * H
+        chunk, left, token = chunk + 1, left - C, token + C * H
     _store(end + bh * K * V, state, keys, cols, V, K, V)
 
 
 @_jit
-def _scan_backward(q, k, g, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K: tl.constexpr,
+def _scan_backward(q, k, decays, beta, P, inverse, do, dend, dU, dS, dstart, T, H, K: tl.constexpr,
                    V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    DELTA: tl.constexpr, PREC: tl.constexpr):
     """The gradient of the state, from the last chunk to the first; dS of a chunk is that of the
-    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q, k and g are
-    as in _scan."""
-    blocks, num_chunks = tl.cdiv(V, BV), tl.cdiv(T, C)
-    bh, rows, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, C), tl.arange(0, KP)
-    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    token = (bh // H * T + (num_chunks - 1) * C) * H + bh % H
-    dstate = tl.zeros([KP, BV], tl.float32)
-    if dend is not None:
-        dstate = _load(dend + bh * K * V, keys, cols, V, K, V)
-    for i in range(num_chunks):
-        n = num_chunks - 1 - i
-        left, square = T - n * C, (bh * num_chunks + n) * C * C
+    state behind it. Also dU: the gradient of R for the delta rule, of V for GLA. q and k are as in
+    _scan."""
+    bh, cols = _columns(V, BV)
+    rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
+    dstate = _load_state(dend, bh, keys, cols, K, V)
+    chunk, left, token = _chunk((bh + 1) * num_chunks - 1, T, H, C)
+    for _ in range(num_chunks):
         qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
         kc = _load(k + token * K, rows, keys, H * K, left, K)
         doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
-        _store(dS + (bh * num_chunks + n) * K * V, dstate, keys, cols, V, K, V)
+        _store(dS + chunk * K * V, dstate, keys, cols, V, K, V)
         dS1 = dstate.to(q.dtype.element_ty)
-        Pc = _load(P + square, rows, rows, C, C, C)
+        Pc = _load(P + chunk * C * C, rows, rows, C, C, C)
         du = tl.dot(tl.trans(Pc), doc, input_precision=PREC)
         if DELTA:
-            _, _, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
-            b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-            du += to_end[:, None] * tl.dot(kc, dS1, input_precision=PREC)
-            X = _load(inverse + square, rows, rows, C, C, C)
+            row_decays = decays + chunk * 3 * C
+            from_first, to_end = tl.load(row_decays + C + rows), tl.load(row_decays + 2 * C + rows)
+            first, last = tl.load(row_decays), tl.load(row_decays + 2 * C - 1)
+            b = _per_token(beta + token, rows, H, left)
+            du += to_end[:, None] * _rows_times_state(kc, dS1, PREC)
+            X = _load(inverse + chunk * C * C, rows, rows, C, C, C)
             du = tl.dot(tl.trans(X), du.to(X.dtype), input_precision=PREC)  # of R from here on
             do_in = (doc.to(tl.float32) * (from_first * K ** -0.5)[:, None]).to(doc.dtype)
             du_in = (du * -(b * from_first)[:, None]).to(doc.dtype)
             dstate = tl.dot(tl.trans(qc), do_in, last * dstate, input_precision=PREC)
             dstate = first * tl.dot(tl.trans(kc), du_in, dstate, input_precision=PREC)
         else:
-            decay = tl.load(g + (bh * num_chunks + n) * K + keys, mask=keys < K, other=0)
-            du = tl.dot(kc, dS1, du, input_precision=PREC)
+            decay = tl.load(decays + chunk * K + keys, mask=keys < K, other=0)
+            du += _rows_times_state(kc, dS1, PREC)
             dstate = tl.dot(tl.trans(qc), doc, decay[:, None] * dstate, input_precision=PREC)
         _store(dU + token * V, du, rows, cols, H * V, left, V)
-        token -= C * H
+        chunk, left, token = chunk - 1, left + C, token - C * H
     if dstart is not None:
         _store(dstart + bh * K * V, dstate, keys, cols, V, K, V)
 
@@ -757,13 +799,7 @@ def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.co
         dRc = dRc.to(tl.float32)
         db += tl.sum(dRc * _load(v, rows, cols, H * V, left, V).to(tl.float32), 1)
         _store(dv, b[:, None] * dRc, rows, cols, H * V, left, V)
-    qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for start in range(0, K, BK):
-        cols = start + tl.arange(0, BK)
-        qc = _load(q, rows, cols, H * K, left, K)                           # [C,BK]
-        kc = _load(k, rows, cols, H * K, left, K)
-        qk = tl.dot(qc, tl.trans(kc), qk, input_precision=PREC)
-        kk = tl.dot(kc, tl.trans(kc), kk, input_precision=PREC)
+    qk, kk = _key_products(q, k, rows, left, H, K, BK, PREC)
     D, below = _pair_decay(whole, part, rows), rows[:, None] > rows[None, :]
     dP = dP * D * K ** -0.5
     dA = tl.where(below, -dA * D, 0.0)
@@ -774,22 +810,22 @@ def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.co
 
 
 @_jit
-def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
+def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                      C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's inputs, as _DeltaRule.backward has them; what is left out of the sums
     for dg is explained there."""
-    bh, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows, left = tl.arange(0, C), T - n * C
-    t, s = rows[:, None], rows[None, :]
-    token = (bh // H * T + n * C) * H + bh % H
-    border = (bh * tl.num_programs(1) + n) * K * V
-    whole, part, first, from_first, to_end, last = _row_decays(g + token, rows, H, left, C)
-    from_start, decay = first * from_first, first * last
-    b = tl.load(beta + token + rows * H, mask=rows < left, other=0).to(tl.float32)
-    dP, dA, dG, db = _delta_pairs(
-        q + token * K, k + token * K, v + token * V, U + token * V, dR + token * V, do + token * V,
-        dv + token * V, whole, part, b, rows, left, H, K, V, BK, BV, C, PREC)
+    chunk, left, token = _chunk(tl.program_id(0), T, H, C)
+    q, k, dq, dk = q + token * K, k + token * K, dq + token * K, dk + token * K
+    v, do, U, dR, dv = v + token * V, do + token * V, U + token * V, dR + token * V, dv + token * V
+    S, dS = S + chunk * K * V, dS + chunk * K * V
+    rows = tl.arange(0, C)
+    whole, part = _cumulative_decay(_per_token(g + token, rows, H, left))
+    decays += chunk * 3 * C
+    from_start, to_end = tl.load(decays + rows), tl.load(decays + 2 * C + rows)
+    b = _per_token(beta + token, rows, H, left)
+    dP, dA, dG, db = _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K, V,
+                                  BK, BV, C, PREC)
     dP, dA = dP.to(q.dtype.element_ty), (dA + tl.trans(dA)).to(q.dtype.element_ty)
     # each row and the state
     in_sum, out_sum = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
@@ -800,17 +836,17 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
         dk_out = tl.zeros([C, BK], tl.float32)
         for start_v in range(0, V, BV):
             cols = start_v + tl.arange(0, BV)
-            S0 = _load(S + border, keys, cols, V, K, V)                     # [BK,BV]
-            dS1 = _load(dS + border, keys, cols, V, K, V)
+            S0 = _load(S, keys, cols, V, K, V)                              # [BK,BV]
+            dS1 = _load(dS, keys, cols, V, K, V)
             kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)
-            doc = _load(do + token * V, rows, cols, H * V, left, V)         # [C,BV]
+            doc = _load(do, rows, cols, H * V, left, V)                     # [C,BV]
             dqc = tl.dot(doc, tl.trans(S0), dqc, input_precision=PREC)
-            dRc = _load(dR + token * V, rows, cols, H * V, left, V)
+            dRc = _load(dR, rows, cols, H * V, left, V)
             dk_in = tl.dot(dRc, tl.trans(S0), dk_in, input_precision=PREC)  # of -k_in
-            uc = _load(U + token * V, rows, cols, H * V, left, V)
+            uc = _load(U, rows, cols, H * V, left, V)
             dk_out = tl.dot(uc, tl.trans(dS1), dk_out, input_precision=PREC)
-        qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,BK]
-        kc = _load(k + token * K, rows, keys, H * K, left, K)
+        qc = _load(q, rows, keys, H * K, left, K)                           # [C,BK]
+        kc = _load(k, rows, keys, H * K, left, K)
         dqc *= (from_start * K ** -0.5)[:, None]
         dG += tl.sum(dqc * qc.to(tl.float32), 1)
         in_sum -= tl.sum(dk_in * kc.to(tl.float32), 1)
@@ -819,35 +855,33 @@ def _delta_gradients(q, k, v, g, beta, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, 
         dkc = dk_out * to_end[:, None] - dk_in * (b * from_start)[:, None]
         dkc = tl.dot(tl.trans(dP), qc, dkc, input_precision=PREC)
         dkc = tl.dot(dA, kc, dkc, input_precision=PREC)
-        _store(dq + token * K, dqc, rows, keys, H * K, left, K)
-        _store(dk + token * K, dkc, rows, keys, H * K, left, K)
+        _store(dq, dqc, rows, keys, H * K, left, K)
+        _store(dk, dkc, rows, keys, H * K, left, K)
     in_sum *= from_start
     dG += b * in_sum
     # dG goes to the g of its row and all before it; the way to the chunk's end, to those after it
-    later = tl.where(t <= s, dG[None, :], tl.where(t > s, (out_sum * to_end)[None, :], 0.0))
-    dgc = tl.sum(later, 1) + decay * tl.sum(kept, 0)
+    later = tl.where(rows[:, None] <= rows[None, :], dG[None, :], (out_sum * to_end)[None, :])
+    dgc = tl.sum(later, 1) + tl.load(decays + C - 1) * tl.sum(kept, 0)
     tl.store(dg + token + rows * H, dgc.to(dg.dtype.element_ty), mask=rows < left)
     tl.store(dbeta + token + rows * H, (db + in_sum).to(dbeta.dtype.element_ty), mask=rows < left)
 
 
 @_jit
-def _gla_gradients(q, k, v, G, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
+def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
                    PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
-    blocks, n = tl.cdiv(K, BK), tl.program_id(1)
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    rows, left, stride = tl.arange(0, C), T - n * C, H * K
+    blocks, rows, stride = tl.cdiv(K, BK), tl.arange(0, C), H * K
+    chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     t, s = rows[:, None], rows[None, :]
-    token = (bh // H * T + n * C) * H + bh % H
-    border = (bh * tl.num_programs(1) + n) * K * V
+    S, dS = S + chunk * K * V, dS + chunk * K * V
     dP, kept = tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
     dqc, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
-        S0 = _load(S + border, keys, cols, V, K, V)                         # [BK,BV]
-        dS1 = _load(dS + border, keys, cols, V, K, V)
+        S0 = _load(S, keys, cols, V, K, V)                         # [BK,BV]
+        dS1 = _load(dS, keys, cols, V, K, V)
         kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)           # <dS, S> per channel
         doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
         vc = _load(v + token * V, rows, cols, H * V, left, V)
@@ -856,15 +890,13 @@ def _gla_gradients(q, k, v, G, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: 
         dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
     qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
     kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
-    Gc = _load(G + token * K, rows, keys, stride, left, K)
-    G_end = tl.load(G + token * K + (tl.minimum(C, left) - 1) * stride + keys,
-                    mask=keys < K, other=0)
+    G, G_end = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
     dP *= K ** -0.5
-    dqc *= _exp_fixed(Gc) * K ** -0.5
-    dk_out *= _exp_fixed(G_end[None, :] - Gc)
+    dqc *= _exp_fixed(G) * K ** -0.5
+    dk_out *= _exp_fixed(G_end[None, :] - G)
     dkc = tl.zeros([C, BK], tl.float32)
-    for level in range(LEVELS):
-        factor = _level_decay(G + token * K, Gc, rows, keys, level, stride, left, K)
+    for level in tl.range(LEVELS, disable_licm=True):       # masks kept across levels would spill
+        factor = _level_decay(G, rows, level)
         pairs = tl.where(_joined(rows, level), dP, 0.0)
         dqc += factor * tl.dot(pairs, kc * factor, input_precision=PREC)
         dkc += factor * tl.dot(tl.trans(pairs), qc * factor, input_precision=PREC)
@@ -884,13 +916,10 @@ def _step(q, k, v, g, beta, start, o, end, T, H, K: tl.constexpr, V: tl.constexp
           KP: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr):
     """The recurrence itself, for a few tokens. A program owns BV columns of the state, and reads
     and writes them once; end may be start."""
-    blocks = tl.cdiv(V, BV)
-    bh, keys = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, KP)
-    cols = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
+    bh, cols = _columns(V, BV)
+    keys = tl.arange(0, KP)
     token = bh // H * T * H + bh % H
-    state = tl.zeros([KP, BV], tl.float32)
-    if start is not None:
-        state = _load(start + bh * K * V, keys, cols, V, K, V)
+    state = _load_state(start, bh, keys, cols, K, V)
     for _ in range(T):
         qt = tl.load(q + token * K + keys, mask=keys < K, other=0).to(tl.float32)   # [KP]
         kt = tl.load(k + token * K + keys, mask=keys < K, other=0).to(tl.float32)
@@ -948,8 +977,8 @@ def _conv(x, kernel, cache, y, T, D, W: tl.constexpr, BT: tl.constexpr, BD: tl.c
     """A program owns BT tokens of BD channels. Neighbouring taps read rows that overlap; those come
     from the L1 cache."""
     b = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    cols = tl.program_id(1) * BD + tl.arange(0, BD)
     if PER_TOKEN:
         kernel += b * T * W * D
     if cache is not None:
@@ -968,9 +997,9 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
     gradient needs dz of the W outputs that saw it; computing z anew, W times in all, costs reads
     from L1 and spares a second launch and a tensor. The gradient of a static kernel is summed over
     the BT rows here and over programs by the caller."""
-    b, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    b, block = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64)
     rows = block * BT - (W - 1) + tl.arange(0, BT)
-    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    cols = tl.program_id(1) * BD + tl.arange(0, BD)
     x, dy, dx = x + b * T * D, dy + b * T * D, dx + b * T * D
     if PER_TOKEN:
         kernel, dkernel = kernel + b * T * W * D, dkernel + b * T * W * D
@@ -999,7 +1028,7 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
             tl.store(dkernel + (rows[:, None] * W + w) * D + cols[None, :],
                      dtap.to(dkernel.dtype.element_ty), mask=inside & (rows[:, None] >= 0))
         else:
-            partial = (b * tl.num_programs(1) + block) * W + w
+            partial = (b * tl.num_programs(0) + block) * W + w
             tl.store(dkernel + partial * D + cols, tl.sum(dtap, 0), mask=cols < D)
 
 
@@ -1010,9 +1039,11 @@ KERNEL_DTYPES, MAX_DIM = (torch.float32, torch.float16, torch.bfloat16), 256
 
 
 def auto_backend(x, *dims):
-    """What backend="auto" means for x and its head dims: "triton" or "torch". Decided here only."""
+    """What backend="auto" means for x and its head dims: "triton", from Ampere on, or "torch".
+    Decided here only."""
     supported = x.dtype in KERNEL_DTYPES and max(dims, default=0) <= MAX_DIM
-    return "triton" if triton is not None and x.is_cuda and supported else "torch"
+    nvidia = triton is not None and x.is_cuda and torch.version.hip is None
+    return "triton" if supported and nvidia and _capability(x.device) >= 8 else "torch"
 
 
 def _use_triton(backend, x, *dims):
@@ -1046,19 +1077,20 @@ def _padded(dim):
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _is_hopper(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _capability(device):
+    """8 is Ampere, 9 is Hopper, 0 a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _config(q, V, delta):
     """Tile sizes and launch options of the four kernels of a call. Picked so that nothing spills
     and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
     run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
-    (B, _, H, K), hopper = q.shape, _is_hopper(q.device)
-    KP, VP, C, precision, stages = _padded(K), _padded(V), 64, "tf32", 2
+    (B, _, H, K), hopper = q.shape, _capability(q.device) == 9
+    KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
     if q.dtype == torch.float32:
         # full products without tensor cores, for exactness; their operands fill the registers
-        C, precision, stages = 32 if KP <= 64 else 16, "ieee", 1
+        C, precision, stages, scan_stages = 32 if KP <= 64 else 16, "ieee", 1, 1
         chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
     elif hopper:
         # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
@@ -1066,22 +1098,20 @@ def _config(q, V, delta):
         wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
         chunk = (64, 4) if delta else (32, 8)
         scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
-        gradients = (64 if delta and KP > 64 else 32, 64, 8)
+        gradients = (64 if delta and min(KP, VP) > 64 else 32, 64, 8)
     else:
-        # mma.sync keeps its operands in registers, so tiles are smaller; everything fits the 99 KB
-        # of consumer cards too
+        # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
+        # for a second stage; everything fits the 99 KB of consumer cards too
         chunk = (64, 4) if delta else (32, 8)
-        scan = (16 if KP > 128 else 32, 4 if KP <= 64 else 8)
+        scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
         gradients = (32, 32, 8)
-    common = dict(C=C, K=K, PREC=precision, num_stages=stages)
-    levels = dict(LEVELS=C.bit_length() - 1)
-    scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1])
+    common, levels = dict(C=C, K=K, PREC=precision), dict(LEVELS=C.bit_length() - 1)
+    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
+    scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1],
+                         num_stages=scan_stages)
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
-                              num_warps=gradients[2]) | ({} if delta else levels)
-    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1])
-    if not delta:
-        chunk["num_stages"] = 1     # a prefetched read of G could overtake the write before it
-    return {"chunk": chunk, "scan": scan, "gradients": gradients}
+                              num_warps=gradients[2], num_stages=stages)
+    return {"chunk": chunk, "scan": scan, "gradients": gradients | ({} if delta else levels)}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1091,51 +1121,47 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, save):
-        (B, T, H, K), V, delta = q.shape, v.shape[-1], beta is not None
-        config = _config(q, V, delta)
-        C = config["chunk"]["C"]
-        N, G, inverse = triton.cdiv(T, C), None, None
-        P, scanned = q.new_empty(B * H, N, C, C), (q, k, g)
-        if delta:
-            inverse = torch.empty_like(P)
-            _launch(_delta_chunk, (B * H, N), q, k, g, beta, P, inverse, T, H, **config["chunk"])
+        (B, T, H, K), V, config = q.shape, v.shape[-1], _config(q, v.shape[-1], beta is not None)
+        C, fp32 = config["scan"]["C"], torch.float32
+        N = B * H * triton.cdiv(T, C)                                       # chunks of all heads
+        P, inverse, qs, ks = q.new_empty(N, C, C), None, q, k
+        if beta is not None:
+            inverse, decays = torch.empty_like(P), g.new_empty(N, 3, C, dtype=fp32)
+            _launch(_delta_chunk, (N,), q, k, g, beta, P, inverse, decays, T, H, **config["chunk"])
         else:
-            G = torch.empty_like(g, dtype=torch.int32)
-            scanned = (torch.empty_like(q), torch.empty_like(k),
-                       q.new_empty(B * H, N, K, dtype=torch.float32))
-            _launch(_gla_chunk, (B * H, N), q, k, g, P, G, *scanned, T, H, **config["chunk"])
-        o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=torch.float32)
-        S = q.new_empty(B * H, N, K, V) if save else None
-        U = torch.empty_like(v) if save and delta else None
-        programs = B * H * triton.cdiv(V, config["scan"]["BV"])
-        qs, ks, gs = scanned
-        _launch(_scan, (programs,), qs, ks, v, gs, beta, P, inverse, state, o, U, S, end, T, H,
-                **config["scan"])
+            qs, ks, decays = torch.empty_like(q), torch.empty_like(k), g.new_empty(N, K, dtype=fp32)
+            _launch(_gla_chunk, (N,), q, k, g, P, qs, ks, decays, T, H, **config["chunk"])
+        o, end = torch.empty_like(v), q.new_empty(B, H, K, V, dtype=fp32)
+        S = q.new_empty(N, K, V) if save else None
+        U = torch.empty_like(v) if save and beta is not None else None
+        ctx.programs = B * H * triton.cdiv(V, config["scan"]["BV"])
+        _launch(_scan, (ctx.programs,), qs, ks, v, decays, beta, P, inverse, state, o, U, S, end,
+                T, H, **config["scan"])
         if save:
-            ctx.config, ctx.programs, ctx.g_dtype = config, programs, g.dtype
-            ctx.has_state = state is not None
-            ctx.save_for_backward(q, k, v, G, beta, *scanned, P, inverse, S, U)
+            ctx.config, ctx.has_state = config, state is not None
+            ctx.set_materialize_grads(False)        # the gradient of an unused final state is None
+            ctx.save_for_backward(q, k, v, g, beta, qs, ks, decays, P, inverse, S, U)
         return o, end
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dend):
-        q, k, v, G, beta, qs, ks, gs, P, inverse, S, U = ctx.saved_tensors
-        (_, T, H, K), (BH, N), config = q.shape, P.shape[:2], ctx.config
-        do, dend = do.contiguous(), dend.contiguous()
+        q, k, v, g, beta, qs, ks, decays, P, inverse, S, U = ctx.saved_tensors
+        (B, T, H, K), V, N, config = q.shape, v.shape[-1], len(P), ctx.config
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dend = None if dend is None else dend.contiguous()
+        dstart = q.new_empty(B, H, K, V, dtype=torch.float32) if ctx.has_state else None
         dU, dS = torch.empty_like(v), torch.empty_like(S)
-        dstart = torch.empty_like(dend) if ctx.has_state else None
-        _launch(_scan_backward, (ctx.programs,), qs, ks, gs, beta, P, inverse, do, dend,
+        _launch(_scan_backward, (ctx.programs,), qs, ks, decays, beta, P, inverse, do, dend,
                 dU, dS, dstart, T, H, **config["scan"])
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
         if beta is not None:
-            dv, dg, dbeta = torch.empty_like(v), torch.empty_like(gs), torch.empty_like(beta)
-            _launch(_delta_gradients, (BH, N), q, k, v, gs, beta, do, U, dU, S, dS,
+            dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
+            _launch(_delta_gradients, (N,), q, k, v, g, beta, decays, do, U, dU, S, dS,
                     dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
         else:
-            dv, dg, dbeta = dU, torch.empty_like(G, dtype=ctx.g_dtype), None
-            blocks = triton.cdiv(K, config["gradients"]["BK"])
-            _launch(_gla_gradients, (BH * blocks, N), q, k, v, G, do, S, dS, dq, dk, dg, T, H,
+            dv, dbeta, blocks = dU, None, triton.cdiv(K, config["gradients"]["BK"])
+            _launch(_gla_gradients, (N * blocks,), q, k, v, g, do, S, dS, dq, dk, dg, T, H,
                     **config["gradients"])
         return dq, dk, dv, dg, dbeta, dstart, None
 
@@ -1150,15 +1176,18 @@ def _run_kernels(q, k, v, g, beta, state):
 
 
 class _ConvKernels(torch.autograd.Function):
+    """The launches of causal_conv, all contiguous. Tiles are 32 tokens of 128 bytes. Backwards the
+    registers hold one program per processor, so that it has 16 warps to hide memory's latency."""
 
     @staticmethod
     def forward(ctx, x, kernel, cache, activation):
-        (B, T, D), y = x.shape, torch.empty_like(x)
+        (B, T, D), W, y = x.shape, kernel.shape[-2], torch.empty_like(x)
         ctx.save_for_backward(x, kernel, cache)
-        ctx.constants = dict(W=kernel.shape[-2], PER_TOKEN=kernel.dim() == 4,
-                             SILU=activation is not None, BT=32, BD=64, num_warps=4)
-        _launch(_conv, (triton.cdiv(D, 64), triton.cdiv(T, 32), B), x, kernel, cache, y, T, D,
-                **ctx.constants)
+        ctx.constants = dict(W=W, PER_TOKEN=kernel.dim() == 4, SILU=activation is not None, BT=32,
+                             BD=128 // x.element_size())
+        ctx.tiles = triton.cdiv(D, ctx.constants["BD"]), B
+        _launch(_conv, (triton.cdiv(T, 32), *ctx.tiles), x, kernel, cache, y, T, D,
+                **ctx.constants, num_warps=4)
         return y
 
     @staticmethod
@@ -1170,8 +1199,8 @@ class _ConvKernels(torch.autograd.Function):
         dx, dcache = torch.empty_like(x), None if cache is None else torch.empty_like(cache)
         dkernel = (torch.empty_like(kernel) if per_token else
                    x.new_empty(B * blocks, W, D, dtype=torch.float32))
-        _launch(_conv_backward, (triton.cdiv(D, 64), blocks, B), x, kernel, cache, dy.contiguous(),
-                dx, dkernel, dcache, T, D, **ctx.constants | dict(num_warps=8))
+        _launch(_conv_backward, (blocks, *ctx.tiles), x, kernel, cache, dy.contiguous(),
+                dx, dkernel, dcache, T, D, **ctx.constants, num_warps=16)
         if not per_token:
             dkernel = dkernel.sum(0).to(kernel.dtype)
         return dx, dkernel, dcache, None
@@ -1210,6 +1239,8 @@ def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, bac
     with torch.no_grad():
         if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
             state = initial_state if initial_state is None else initial_state.float()
+            if inplace:
+                torch.autograd.graph.increment_version(state)               # as copy_ below does
             return _run_step(q, k, v, g, beta, state, state if inplace else None)
         if delta:
             o, S = gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
@@ -1231,13 +1262,13 @@ TOLERANCES = {
 
 def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
     """{name: tensor} of an op's inputs. q, k, v or x in `dtype`; gates, beta and states in fp32."""
-    draw = torch.Generator().manual_seed(T)
-    normal = lambda *shape: torch.randn(shape, generator=draw)
-    uniform = lambda *shape: torch.rand(shape, generator=draw)
+    draw = torch.Generator(device).manual_seed(T)
+    normal = lambda *shape: torch.randn(shape, generator=draw, device=device)
+    uniform = lambda *shape: torch.rand(shape, generator=draw, device=device)
     if op == "causal_conv":
         inputs = dict(x=normal(B, T, K), kernel=normal(*((4, K) if decay == "static" else
                                                         (B, T, 4, K))), cache=normal(B, 3, K))
-        return {name: x.to(device, dtype) for name, x in inputs.items()}
+        return {name: x.to(dtype) for name, x in inputs.items()}
     delta = op == "gated_delta_rule"
     g = -(20.0 if delta else 5.0) * uniform(B, T, H, *(() if delta else (K,)))
     g = {"strong": g, "mild": g / 100, "none": g * 0}[decay]
@@ -1246,8 +1277,7 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
     if delta:
         inputs["beta"] = uniform(B, T, H)
     inputs["state"] = normal(B, H, K, V)
-    return {name: x.to(device, dtype if name in "qkv" else torch.float32)
-            for name, x in inputs.items()}
+    return {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
 
 
 def _outputs_and_grads(function, inputs, out_grads=None):
@@ -1326,31 +1356,35 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}           # pe
 
 
 def _recorded_launches(arch):
-    """(kernel, arguments, constants) of all launches of the ops, at the head dims where the
-    configurations differ: the ops run on tensors without data, and launch into a list."""
-    global _launch, _is_hopper
-    launches = []
-    launch, is_hopper = _launch, _is_hopper
+    """(kernel, arguments, constants) of all launches of the ops, for what _config chooses by: dtype,
+    padded K, V of less than a block of columns, one and many, few heads or many. Then K and V that
+    differ from their padding, and sizes that nothing divides. The ops run on tensors without data,
+    and launch into a list."""
+    global _launch, _capability
+    launches, launch, capability = [], _launch, _capability
     _launch = lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
-    _is_hopper = lambda device: arch == 90
+    _capability = lambda device: arch // 10
     tensor = lambda *shape, dtype=torch.float32: torch.empty(
         shape, dtype=dtype, device="meta", requires_grad=True)
-    bf16, fp32, T = torch.bfloat16, torch.float32, 4096
-    for dtype, B, H, K, V in ((bf16, 2, 16, 64, 64), (bf16, 2, 64, 64, 64), (bf16, 2, 16, 128, 128),
-                              (bf16, 2, 64, 128, 128), (bf16, 2, 16, 96, 256),
-                              (bf16, 2, 16, 256, 256), (fp32, 2, 16, 64, 64)):
-        q, k, v = (tensor(B, T, H, D, dtype=dtype) for D in (K, K, V))
-        g, beta, state = tensor(B, T, H), tensor(B, T, H), tensor(B, H, K, V)
-        for gates in ((g, beta), (tensor(B, T, H, K), None)):
+    fp32, fp16, bf16 = KERNEL_DTYPES
+    sizes = [(bf16, 4096, H, K, V) for H in (16, 512) for K in (16, 64, 128, 256)
+             for V in (16, 64, 256)]
+    sizes += [(fp32, 4096, 16, K, 64) for K in (16, 32, 64, 128, 256)]
+    for dtype, T, H, K, V in (*sizes, (bf16, 4096, 16, 32, 32), (fp16, 4096, 16, 128, 128),
+                              (bf16, 4096, 12, 96, 256), (bf16, 4001, 3, 100, 200)):
+        q, k, v = (tensor(1, T, H, D, dtype=dtype) for D in (K, K, V))
+        g, beta, state = tensor(1, T, H), tensor(1, T, H), tensor(1, H, K, V)
+        for gates in ((g, beta), (tensor(1, T, H, K), None)):
             outputs = _run_kernels(q, k, v, *gates, state)
             torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
             _run_step(q[:, :1], k[:, :1], v[:, :1], *(x if x is None else x[:, :1] for x in gates),
                       state, None)
-    x = tensor(2, T, 1024, dtype=bf16)
-    for kernel in (tensor(4, 1024, dtype=bf16), tensor(2, T, 4, 1024, dtype=bf16)):
-        y = _ConvKernels.apply(x, kernel, tensor(2, 3, 1024, dtype=bf16), "silu")
+    for dtype, shape in ((bf16, (4,)), (bf16, (2, 4096, 4)), (fp32, (4,)), (fp32, (2, 4096, 4))):
+        x, kernel, cache = (tensor(*shape, 1024, dtype=dtype)
+                            for shape in ((2, 4096), shape, (2, 3)))
+        y = _ConvKernels.apply(x, kernel, cache, "silu")
         y.backward(torch.empty_like(y))
-    _launch, _is_hopper = launch, is_hopper
+    _launch, _capability = launch, capability
     return launches
 
 
@@ -1358,7 +1392,7 @@ def _compile_job(kernel, args, constants, arch):
     """A launch as what triton.compile takes, all of it picklable: the signature, the constants and
     the arguments divisible by 16 (a number that is 1 counts as constant, as in a launch on a GPU),
     the options."""
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    names = dict(zip(KERNEL_DTYPES, ("*fp32", "*fp16", "*bf16")))
     constants = dict(constants)
     options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
     values = dict(zip(kernel.arg_names, args))
@@ -1374,12 +1408,12 @@ def _compile_job(kernel, args, constants, arch):
 
 def _compile(job):
     """One row of the table: what the assembler says about a kernel."""
-    import os
     import re
     import subprocess
     import tempfile
     name, signature, constants, divisible, options, arch = job
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -1389,14 +1423,14 @@ def _compile(job):
         with open(path, "w") as file:
             file.write(ptx)
         said = subprocess.run([
-            triton.knobs.nvidia.ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
+            get_ptxas(arch).path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
             f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
                                        said.stderr).groups())
     tile = " ".join(f"{x}={constants[x]}" for x in ("C", "K", "V", "BK", "BV", "BT", "BD", "DELTA",
                                                     "PER_TOKEN") if x in constants)
-    kinds = [kind for kind, sign in (("wgmma", "wgmma.mma_async"), ("mma", "mma.sync"))
-             if sign in ptx]
+    kinds = [kind for kind, sign in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"),
+                                     ("mma", "mma.sync")) if sign in ptx]
     return dict(arch=f"sm_{arch}", kernel=name.strip("_"),
                 inputs=next(iter(signature.values())).strip("*"), tile=tile,
                 warps=options["num_warps"], registers=int(re.search(r"Used (\d+)", said.stderr)[1]),
@@ -1424,6 +1458,8 @@ def compile_all(archs):
             print(f"{row['arch']:7}{row['kernel']:17}{row['inputs']:7}{row['tile']:46}"
                   f"{row['warps']:5}{row['registers']:10}{row['spills']:10}{row['shared_kb']:10.1f}"
                   f"  {row['matrix']}" + ("  FAILED" if failed else ""), flush=True)
+    print(f"{len(rows)} kernels, {failures} failed; at most {max(row['spills'] for row in rows)} "
+          "bytes spilled")
     return rows, failures
 
 
@@ -1455,15 +1491,38 @@ def cost(op, B, T, H, K, V, backward=False):
 
 def _turns(functions, bench):
     """{name: [median, p20, p80] in ms}. The functions take turns, three times, so that a card that
-    warms up treats all alike. NaN where one runs out of memory."""
+    warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
     rounds = {name: [] for name in functions}
     for _ in range(3):
         for name, function in functions.items():
             try:
-                rounds[name].append(bench(function, quantiles=(0.5, 0.2, 0.8)))
-            except torch.cuda.OutOfMemoryError:
-                rounds[name].append([float("nan")] * 3)
+                times = bench(function, quantiles=(0.5, 0.2, 0.8))
+            except Exception as error:              # another's failure must not end a long run
+                if name == "ours" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                print(f"{name}: {type(error).__name__}", file=sys.stderr)
+                torch.cuda.empty_cache()
+                times = [float("nan")] * 3
+            rounds[name].append(times)
     return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+
+
+def _fla(op):
+    """fla's chunkwise op and its step, which take what ours take; None if it is not installed."""
+    try:
+        from fla.ops.gated_delta_rule import (chunk_gated_delta_rule,
+                                              fused_recurrent_gated_delta_rule)
+        from fla.ops.gla import chunk_gla, fused_recurrent_gla
+    except ImportError:
+        return None
+    if op == OPS[0]:
+        chunk, step = chunk_gated_delta_rule, lambda q, k, v, g, beta, state: (
+            fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state,
+                                             output_final_state=True))
+    else:
+        chunk, step = chunk_gla, lambda q, k, v, g, beta, state: (
+            fused_recurrent_gla(q, k, v, gk=g, initial_state=state, output_final_state=True))
+    return lambda *x: chunk(*x, output_final_state=True)[0], step
 
 
 def _providers(op, with_torch):
@@ -1473,15 +1532,10 @@ def _providers(op, with_torch):
         return F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
-    ours = globals()[op]
+    ours, fla = globals()[op], _fla(op)
     providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-        from fla.ops.gla import chunk_gla
-        theirs = chunk_gated_delta_rule if op == OPS[0] else chunk_gla
-        providers["fla"] = lambda *x: theirs(*x, output_final_state=True)[0]
-    except ImportError:
-        pass
+    if fla:
+        providers["fla"] = fla[0]
     if with_torch:
         providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
     return providers | {"sdpa": attention}
@@ -1524,73 +1578,83 @@ def bench_op(section, op, shape, with_torch, limits):
         calls = {name: _both_ways(f, inputs) if backward else lambda f=f: forward(f)
                  for name, f in providers.items()}
         times = _turns(calls, do_bench)
+        peaks = {name: _peak_memory(calls[name]) for name in ("ours", "fla")
+                 if name in times and times[name][0] == times[name][0]}     # not NaN
         size, flops = cost(op, *shape, backward=backward)
+        ours = times["ours"][0]
+        of_copy = size / ours / 1e6 / limits["gb_s"]
+        of_matrix = flops / ours / 1e9 / limits["tflop_s"]
         for name, (median, p20, p80) in times.items():
             row = dict(section=section, op=op, direction=direction, provider=name,
                        **dict(zip("BTHKV", shape)), ms=median, p20=p20, p80=p80)
-            if name in ("ours", "fla") and median == median:
-                row["peak_mb"] = _peak_memory(calls[name])
-            if name == "ours":
-                row |= dict(bytes=size, flops=flops, of_copy=size / median / 1e6 / limits["gb_s"],
-                            of_matrix=flops / median / 1e9 / limits["tflop_s"])
+            row |= dict(peak_mb=peaks[name]) if name in peaks else {}
+            row |= dict(bytes=size, flops=flops, of_copy=of_copy,
+                        of_matrix=of_matrix) if name == "ours" else {}
             rows.append(row)
-        ours, more = times["ours"][0], rows[-len(times)]
-        line = "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
-                         for name, (x, low, high) in times.items())
-        print(f"{op:23}{str(list(shape)):24}{direction:17} {line}  "
-              f"{more['of_copy']:.0%} of copy, {more['of_matrix']:.0%} of matmul"
-              + (f", {ours / times['fla'][0]:.2f} of fla" if "fla" in times else ""), flush=True)
+        print(f"{op:23}{str(list(shape)):24}{direction:17} "
+              + "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
+                          for name, (x, low, high) in times.items())
+              + f"  {of_copy:.0%} of copy, {of_matrix:.0%} of matmul, "
+              + ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())
+              + (f", {ours / times['fla'][0]:.2f} of fla's time" if "fla" in times else ""),
+              flush=True)
     return rows
 
 
-def bench_decode(T):
+def bench_decode(T, limits):
     """One token: our step, fla's, and attention with a cache of T tokens; as CUDA graphs, because
-    at this size a launch from Python takes longer than the kernel."""
+    at this size a launch from Python takes longer than the kernel. The steps go round eight states,
+    more than fits the L2 cache, as between the steps of a model. Attention has one cache."""
+    from itertools import cycle
     from triton.testing import do_bench_cudagraph
     B, H, K, rows = 8, 16, 128, []
     for op in OPS:
         inputs = _random_inputs(op, B, 1, H, K, K, "mild", torch.bfloat16, "cuda")
-        q, k, v, g, state = (inputs[name] for name in ("q", "k", "v", "g", "state"))
-        beta = inputs.get("beta")
+        q, k, v, g = (inputs[name] for name in ("q", "k", "v", "g"))
+        beta, states = inputs.get("beta"), cycle([inputs["state"].clone() for _ in range(8)])
         keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
-        calls = {"ours": lambda: recurrent_step(q, k, v, g, beta, state, inplace=True,
+        fla, inputs = _fla(op), (q, k, v, g, beta)
+        calls = {"ours": lambda: recurrent_step(*inputs, next(states), inplace=True,
                                                 backend="triton"),
                  "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
-        try:
-            from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-            from fla.ops.gla import fused_recurrent_gla
-            gates = dict(g=g, beta=beta) if op == OPS[0] else dict(gk=g)
-            theirs = fused_recurrent_gated_delta_rule if op == OPS[0] else fused_recurrent_gla
-            calls["fla"] = lambda: theirs(q, k, v, **gates, initial_state=state,
-                                          output_final_state=True)
-        except ImportError:
-            pass
+        if fla:
+            calls["fla"] = lambda: fla[1](*inputs, next(states))
         with torch.no_grad():
             times = _turns(calls, do_bench_cudagraph)
+        size = 8 * B * H * K * K                    # the state, fp32, read and written
+        of_copy = size / times["ours"][0] / 1e6 / limits["gb_s"]
         print(f"{op:23}cache {T:6}  "
-              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items()), flush=True)
+              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items())
+              + f"  {of_copy:.0%} of copy", flush=True)
         rows += [dict(section="decode", op=op, direction="step", provider=name, B=B, T=T, H=H, K=K,
-                      V=K, ms=x[0], p20=x[1], p80=x[2]) for name, x in times.items()]
+                      V=K, ms=x[0], p20=x[1], p80=x[2],
+                      **dict(bytes=size, of_copy=of_copy) if name == "ours" else {})
+                 for name, x in times.items()]
     return rows
 
 
 def bench_jet():
-    """JetBlock's two ops, forwards and backwards: a kernel per token, then the delta rule."""
+    """JetBlock's two ops, forwards and backwards, at the shape of Jet-Nemotron-2B: ours, and what
+    was published: a convolution with a kernel per token, SiLU as an op of its own, fla's delta
+    rule. Their convolution is not part of fla; ours and torch's stand in for it."""
     from triton.testing import do_bench
     B, T, H, K, V = shape = 4, 2048, 12, 96, 256
     inputs = _bench_inputs(OPS[0], *shape)
     kernel = torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    def layer(conv_backend, rule):
+    def layer(rule, conv_backend, fused_silu):
         def run(q, k, v, g, beta, kernel):
-            v, _ = causal_conv(v.flatten(2), kernel, None, "silu", conv_backend)
-            return rule(q, k, v.unflatten(2, (H, V)), g, beta)
+            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None,
+                               conv_backend)
+            v = (v if fused_silu else F.silu(v)).unflatten(2, (H, V))
+            return rule(q, k, v, g, beta)
         return run
 
     rules = _providers(OPS[0], with_torch=False)
-    calls = {"ours": layer("triton", rules["ours"])}
+    calls = {"ours": layer(rules["ours"], "triton", True)}
     if "fla" in rules:
-        calls["fla + torch conv"] = layer("torch", rules["fla"])
+        calls["published, our conv"] = layer(rules["fla"], "triton", False)
+        calls["published, torch conv"] = layer(rules["fla"], "torch", False)
     times = _turns({name: _both_ways(f, [*inputs, kernel]) for name, f in calls.items()}, do_bench)
     print("jet, conv and rule     "
           + "  ".join(f"{name} {x[0]:.3f} ms" for name, x in times.items()), flush=True)
@@ -1623,7 +1687,7 @@ def benchmark():
                 shape = (max(1, 16384 // T), T, 16, D, D)
                 rows += bench_op("sweep", op, shape, True, limits)
     for T in (512, 4096, 32768, 65536):
-        rows += bench_decode(T)
+        rows += bench_decode(T, limits)
     return limits, rows + bench_jet()
 
 
@@ -1650,7 +1714,6 @@ def _plot(rows, path):
 
 def header(device):
     """The line that makes a number comparable: chip, driver, versions, commit."""
-    import os
     import subprocess
 
     def said(*command):
@@ -1663,16 +1726,18 @@ def header(device):
     info = dict(device="CPU, in Triton's interpreter", torch=torch.__version__,
                 triton=triton.__version__, commit=said("git", "rev-parse", "--short", "HEAD"))
     if device == "cuda":
+        from triton.backends.nvidia.compiler import get_ptxas
         info |= dict(device=torch.cuda.get_device_name(),
                      driver=said("nvidia-smi", "--query-gpu=driver_version",
                                  "--format=csv,noheader"),
-                     ptxas=triton.knobs.nvidia.ptxas.version)
+                     ptxas=get_ptxas(10 * _capability(torch.device("cuda"))).version)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 
 
 def parse_args():
     import argparse
+    import importlib.util
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -1702,13 +1767,17 @@ Exit code 1 if a check fails, before anything is timed. The last line is one JSO
             parser.error(f"{arch} is not one of " + ", ".join(f"sm_{x}" for x in SHARED_KB))
     if args.compile and _INTERPRETED:
         parser.error("--compile needs the compiler: unset TRITON_INTERPRET")
+    for path in filter(None, (args.csv, args.plot)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"there is no folder for {path}")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     return args
 
 
 def main():
     import csv
     import json
-    import sys
     args = parse_args()
     if args.compile:
         rows, failures = compile_all([int(arch[3:]) for arch in args.compile])

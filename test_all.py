@@ -174,6 +174,19 @@ def test_chunks_equal_the_loop_at_other_head_dims(op, K, V):
                 tolerances(torch.float64, expected), f"{op} K={K} V={V}")
 
 
+def test_the_delta_rule_is_that_of_transformers():
+    """Both forms, gradients included, against the torch forms that transformers has for Qwen3-Next."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+    inputs = [x.float() for x in op_inputs("gated_delta_rule", 130, "mild")]
+    out_grads = torch.randn_like(inputs[2]), torch.randn_like(inputs[-1])
+    for ours, theirs in ((kernels.gated_delta_rule, qwen.torch_chunk_gated_delta_rule),
+                         (kernels.gated_delta_rule_recurrent, qwen.torch_recurrent_gated_delta_rule)):
+        expected = op_results(lambda *x: theirs(*x[:-1], initial_state=x[-1], output_final_state=True),
+                              inputs, out_grads)
+        assert_near(op_results(ours, inputs, out_grads), expected,
+                    tolerances(torch.float32, expected), theirs.__name__)
+
+
 @pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
 def test_many_chunk_groups(op, monkeypatch):
     """Long sequences are worked through in groups of chunks; here groups of one chunk each."""
@@ -301,12 +314,15 @@ def assert_kernels_near(op, dtype, T, decay, near_keys, K, V, H, with_state):
 
 
 def check_kernels(op, dtype):
-    sizes = itertools.cycle(((16, 16, 1, True), (24, 40, 3, True), (16, 24, 1, False),
-                             (8, 8, 3, True), (40, 24, 1, True)))
-    cases = [(T, decay, False, *next(sizes))
-             for T, decay in itertools.product(LENGTHS, ("strong", "none", "resets"))]
+    # of K = V or not, one head or three, with a state or without, every two meet at every T and decay
+    sizes = ((16, 16, 1, True), (24, 24, 3, False), (24, 40, 1, False), (40, 24, 3, True))
+    cases = [(T, decay, False, *size)
+             for T, decay, size in itertools.product(LENGTHS, ("strong", "none"), sizes)]
+    cases += [(T, decay, False, 8, 8, 1, True) for T in (1, 65) for decay in ("resets", "mixed")]
     cases += [(T, decay, True, 16, 24, 1, True) for T in (17, 130) for decay in ("mild", "none")]
-    cases += [(70, "mixed", False, 96, 80, 1, True), (70, "range", False, 24, 136, 1, False)]
+    # K = 96 is padded to 128; in fp32 the products over 96 and 200 channels are taken in parts
+    cases += [(70, "mixed", False, 96, 80, 1, True), (70, "range", False, 24, 136, 1, False),
+              (20, "range", False, 200, 16, 1, True)]
     for case in cases:
         assert_kernels_near(op, dtype, *case)
 
@@ -344,6 +360,23 @@ def check_decay_parameters():
         assert_near(ours, expected, kernel_tolerances(dtype, expected), f"{dtype} {A=}")
 
 
+def check_one_output():
+    """Gradients where only the outputs, or only the final state, are used."""
+    for op, used in itertools.product(("gated_delta_rule", "gated_linear_attention"), (0, 1)):
+        inputs = [x.float() for x in op_inputs(op, 70, "mild", B=1)]
+
+        def gradients(function, inputs):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            output = function(*leaves)[used]
+            grads = torch.autograd.grad(output.square().sum(), leaves, allow_unused=True,
+                                        materialize_grads=True)
+            return dict(zip(("dq", "dk", "dv", "dg", "dbeta")[:len(inputs) - 1] + ("dstate",), grads))
+
+        ours = gradients(functools.partial(getattr(kernels, op), backend="triton"), inputs)
+        expected = gradients(getattr(kernels, op + "_recurrent"), [x.double() for x in inputs])
+        assert_near(ours, expected, kernel_tolerances(torch.float32, expected), f"{op} {used=}")
+
+
 def check_conv_and_step():
     for dtype, W, T, per_token, activation, cached in itertools.product(
             (torch.float32, torch.float16), (1, 2, 4), (1, 2, 33), (False, True), (None, "silu"),
@@ -373,18 +406,19 @@ def check_conv_and_step():
         expected = dict(zip(("o", "state"), getattr(kernels, op + "_recurrent")(
             *(y.double() for y in (*x, state) if y is not None))))
         for inplace in (False, True):
-            before = state.clone()
+            before, version = state.clone(), state._version
             o, end = kernels.recurrent_step(*x, state, inplace=inplace, backend="triton")
             assert_near({"o": o, "state": end}, expected, kernel_tolerances(dtype, expected),
                         f"{op} {T=} {inplace=}")
             assert end is state if inplace else torch.equal(state, before), "the state was changed"
+            assert (state._version > version) == inplace, "autograd must know what was overwritten"
         with torch.no_grad():                                               # how the ops decode
             o, _ = getattr(kernels, op)(*(y for y in x if y is not None), backend="triton")
         assert o.dtype == dtype
 
 
 def test_decay_parameters_convolution_and_step_kernels():
-    in_interpreter("check_decay_parameters(); t.check_conv_and_step()")
+    in_interpreter("check_decay_parameters(); t.check_one_output(); t.check_conv_and_step()")
 
 
 def check_modules(attn):
@@ -443,6 +477,7 @@ def check_backend_refusals():
 def test_backends_are_refused_or_left_alone(monkeypatch):
     """On a CPU "auto" never launches a kernel, and "triton" is refused outside the interpreter."""
     monkeypatch.setattr(kernels, "_launch", lambda *args, **kw: pytest.fail("launched a kernel"))
+    monkeypatch.setattr(kernels, "_INTERPRETED", False)
     x = op_inputs("gated_delta_rule", 3, "mild")
     conv = torch.randn(1, 5, 8), torch.randn(4, 8), None, "silu"
     gla = op_inputs("gated_linear_attention", 3, "mild")
@@ -509,7 +544,7 @@ def test_kernels_compile_without_spills_for_a100_and_h100():
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["failures"] == 0
     for row in result["rows"]:
-        uses_matrices = row["inputs"] == "bf16" and row["kernel"] not in (
+        uses_matrices = row["inputs"] != "fp32" and row["kernel"] not in (
             "step", "conv", "conv_backward")
         expected = {"sm_80": "mma", "sm_90": "wgmma"}[row["arch"]] if uses_matrices else "none"
         assert row["matrix"].startswith(expected), row
@@ -517,7 +552,8 @@ def test_kernels_compile_without_spills_for_a100_and_h100():
 
 def test_kernels_script_refuses_and_teaches():
     for flags, words in ((["--compile", "sm_70"], "sm_70 is not one of"), (["--fast"], "--fast"),
-                         (["--comp", "sm_80"], "--comp")):
+                         (["--comp", "sm_80"], "--comp"),
+                         (["--csv", "nowhere/kernels.csv"], "there is no folder")):
         run = kernels_script(*flags)
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and words in run.stderr
     run = kernels_script("--help")
