@@ -1198,7 +1198,7 @@ def slices(rows, size, length, overhead):
 def forward_overhead(model):
     """How many positions cost about as much as what a forward takes besides: launching kernels.
     On 2 CPU cores 10 to 100 were measured for models of 9 M to 0.3 M parameters."""
-    return 48 if model.device.type == "cpu" else 4096
+    return 64 if model.device.type == "cpu" else 4096
 
 
 @contextlib.contextmanager
@@ -1216,12 +1216,11 @@ def head_only_at(model, scored):
 def pad(rows, left):
     """Token ids [B, T] and the mask of real ones, padded on one side."""
     width = max(map(len, rows))
-    ids, real = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(
-        len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where], real[i, where] = torch.tensor(row, dtype=torch.long), True
-    return ids, real
+    fill = [[0] * (width - len(row)) for row in rows]
+    ids = torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)],
+                       dtype=torch.long)
+    lengths, place = torch.tensor([len(row) for row in rows]).unsqueeze(1), torch.arange(width)
+    return ids, place >= width - lengths if left else place < lengths
 
 
 def read(model, ids, scored, cache=None, mask=None, positions=None):
@@ -1237,19 +1236,12 @@ def read(model, ids, scored, cache=None, mask=None, positions=None):
     return logits.float().log_softmax(-1)
 
 
-class Sums:
-    """Adds up log-probabilities of scored tokens, by request, in fp64."""
-
-    def __init__(self):
-        self.of = {}
-
-    def add(self, log_probs, asked):
-        """log_probs [N, V]; asked: (row of log_probs, request, token) for each scored token."""
-        if asked:
-            rows, requests, tokens = zip(*asked)
-            picked = log_probs[list(rows), list(tokens)].double().tolist()
-            for request, value in zip(requests, picked):
-                self.of[request] = self.of.get(request, 0.0) + value
+def add_log_probs(sums, log_probs, asked):
+    """sums[request] += log_probs[row, token], in fp64, for each (row, request, token) asked."""
+    if asked:
+        rows, requests, tokens = torch.tensor(asked).unbind(1)
+        picked = log_probs[rows.to(log_probs.device), tokens.to(log_probs.device)]
+        sums.index_add_(0, requests, picked.cpu().double())
 
 
 @torch.no_grad()
@@ -1261,31 +1253,38 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
     run, sorted by length, `batch_size` at a time, each row going on from a copy of its group's
     keys, values and states.
     """
+    members = [i for group in groups for i in group.members]
     tails = [(row, i, requests[i].tokens[len(group.prefix):])
              for row, group in enumerate(groups) for i in group.members if len(group.members) > 1]
     going_on = [tail for tail in tails if len(tail[2]) > 1]
     # Prefixes that go on are padded on the left, so that they end together; others on the right,
     # where a causal model cannot see the padding and needs no mask.
-    ids, real = pad([group.prefix for group in groups], left=bool(going_on))
+    left = bool(going_on)
+    ids, real = pad([group.prefix for group in groups], left)
     cache = transformers.DynamicCache(config=model.config) if going_on else None
     masked = cache is not None and not real.all()
-    scored, asked = torch.zeros_like(real), []
-    starts = real.int().argmax(1).tolist()
+    scored, asked, count = torch.zeros_like(real), [], 0
     for row, group in enumerate(groups):
-        for i in group.members:
-            tokens, n, start = requests[i].tokens, requests[i].scored, starts[row] - 1
-            first, end = max(len(tokens) - n, 1), min(len(group.prefix) + 1, len(tokens))
-            scored[row, start + first: start + end] = True
-            asked += [((row, start + t), i, tokens[t]) for t in range(first, end)]
-    sums = Sums()
-    sums.of = {i: 0.0 for group in groups for i in group.members}
+        length, n = len(group.prefix), 1
+        if len(group.members) > 1:      # one position for the first token of each
+            asked += [(count, i, requests[i].tokens[length]) for i in group.members
+                      if len(requests[i].tokens) - requests[i].scored == length]
+        else:                           # the prefix is all but the last token
+            i, = group.members
+            n = min(requests[i].scored, length)
+            asked += [(count + t, i, token)
+                      for t, token in enumerate(requests[i].tokens[length + 1 - n:])]
+        end = ids.shape[1] if left else length
+        scored[row, end - n: end] = True
+        count += n
+    sums = torch.zeros(len(requests), dtype=torch.float64)
     log_probs = read(model, ids, scored, cache, real if masked else None,
                      (real.cumsum(1) - 1).clamp(min=0))
-    sums.add(log_probs, numbered(asked, scored))
+    add_log_probs(sums, log_probs, asked)
     going_on.sort(key=lambda tail: -len(tail[2]))
     for tails in slices(going_on, batch_size, lambda tail: len(tail[2]), forward_overhead(model)):
         score_tails(model, requests, tails, cache, real if masked else None, sums)
-    return sums.of
+    return dict(zip(members, sums[members].tolist()))
 
 
 def score_tails(model, requests, tails, cache, prefix_mask, sums):
@@ -1295,15 +1294,16 @@ def score_tails(model, requests, tails, cache, prefix_mask, sums):
     ids, real = pad([tokens[:-1] for _, _, tokens in tails], left=False)
     scored, asked = torch.zeros_like(real), []
     for row, (_, i, tokens) in enumerate(tails):
-        first = max(len(tokens) - requests[i].scored, 1)
-        scored[row, first - 1: len(tokens) - 1] = True
-        asked += [((row, t - 1), i, tokens[t]) for t in range(first, len(tokens))]
+        end = len(tokens) - 1
+        n = min(requests[i].scored, end)
+        scored[row, end - n: end] = True
+        asked += [(len(asked) + t, i, token) for t, token in enumerate(tokens[end + 1 - n:])]
     mask = positions = None
     if prefix_mask is not None:
         prefix = prefix_mask[rows]                                          # [R, P]
         mask = torch.cat([prefix, torch.ones_like(real)], dim=1)            # [R, P + T]
         positions = prefix.sum(1, keepdim=True) + torch.arange(ids.shape[1])
-    sums.add(read(model, ids, scored, cache, mask, positions), numbered(asked, scored))
+    add_log_probs(sums, read(model, ids, scored, cache, mask, positions), asked)
 
 
 def forked(cache, rows):
@@ -1312,12 +1312,6 @@ def forked(cache, rows):
     fork.layers = [copy.copy(layer) for layer in cache.layers]
     fork.batch_select_indices(rows)
     return fork
-
-
-def numbered(asked, scored):
-    """Replace the places (row, position) in `asked` by their rank among the true of `scored`."""
-    rank = (scored.flatten().cumsum(0) - 1).view(scored.shape).tolist()
-    return [(rank[row][position], i, token) for (row, position), i, token in asked]
 
 
 class StopOnText(transformers.StoppingCriteria):
