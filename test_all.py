@@ -1887,6 +1887,39 @@ def naive_accuracy(model, tokenizer, path):
     return sum(hits) / len(hits)
 
 
+@needs_shared
+@pytest.mark.parametrize("name, attn", (("recall", "gdn"), ("cloze", "jet")))
+def test_search_on_the_real_model_equals_a_brute_force(name, attn, tmp_path):
+    """All rounds on real items, with layers shared and without, bit for bit, and from scratch."""
+    model, tokenizer = evaluation.load_model(str(STORIES))
+    items = tmp_path / "items.jsonl"
+    lines = (SHARED / "data" / "stories" / f"{name}-validation.jsonl").read_text().splitlines()
+    items.write_text("\n".join(lines[:12]) + "\n")
+    task, docs = evaluation.file_task(items)
+    mixers = distill.make_mixers(model, attn, range(5), "inherit", 0)
+    chunks = list(distill.pack((tokenizer.encode(doc["context"]) for doc in docs), 64))
+    distill.closed_form_start(model, mixers, [torch.stack(chunks)])
+    found = []
+    for plain, batch_size in ((False, 8), (True, 8), (False, 1), (False, 32)):
+        split, outputs = evaluation.Prepared(task, docs, model, tokenizer, batch_size), {}
+
+        def score(sets):
+            scores = evaluation.evaluate_hybrids(model, split, mixers, sets, plain=plain)
+            outputs.update(zip(sets, (s.outputs for s in scores)))
+            return [s.mean() for s in scores]
+
+        search = replace.greedy(score, 5, p_min=0.0, run_all=True)
+        found.append(([(s.layer, s.score) for s in search.steps], list(search.best), outputs))
+    assert found[0] == found[1] and found[0][:2] == found[2][:2] == found[3][:2]
+
+    def table(layers):
+        with replace.replaced(model, mixers, layers):
+            return naive_accuracy(model, tokenizer, items)
+
+    order, best, _ = brute_force(table, 5, 0.0, True)
+    assert (order, best) == found[0][:2]
+
+
 @pytest.mark.parametrize("attn", MIXERS)
 def test_search_equals_a_brute_force_from_scratch(lab, runs, attn, tmp_path, monkeypatch, capsys):
     """Order, scores, M_best and M_opt against a search written separately; the checkpoints
