@@ -1268,7 +1268,8 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
         length, n = len(group.prefix), 1
         if len(group.members) > 1:      # one position for the first token of each
             asked += [(count, i, requests[i].tokens[length]) for i in group.members
-                      if len(requests[i].tokens) - requests[i].scored == length]
+                      if len(requests[i].tokens) - requests[i].scored == length
+                      and requests[i].scored > 0]
         else:                           # the prefix is all but the last token
             i, = group.members
             n = min(requests[i].scored, length)

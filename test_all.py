@@ -1444,6 +1444,21 @@ def test_a_right_choice_may_be_given_as_text():
     assert TASKS["MK"].requests(mmlu, [mmlu])[0][0].count("Answer: B\n\n") == 1
 
 
+def test_a_choice_without_tokens_scores_nothing(lab):
+    """Beside choices that share its context, one token and several long."""
+    model, _ = load_lab_model(lab)
+    requests = [evaluation.Request(tokens, scored) for tokens, scored in (
+        ([1, 2, 3], 0), ([1, 2, 3, 4], 1), ([1, 2, 3, 5, 6], 2), ([7], 0), ([7, 8], 1))]
+    groups = [evaluation.Group([1, 2, 3], [0, 1, 2]), evaluation.Group([7], [3, 4])]
+    found = evaluation.batch_log_likelihoods(model, requests, groups, 4)
+    for i, request in enumerate(requests):
+        with torch.no_grad():
+            log_probs = model(torch.tensor([request.tokens])).logits[0].double().log_softmax(-1)
+        places = range(len(request.tokens) - request.scored, len(request.tokens))
+        alone = sum(log_probs[t - 1, request.tokens[t]].item() for t in places)
+        assert found[i] == pytest.approx(alone, abs=1e-5) and (request.scored or found[i] == 0)
+
+
 def test_slices_are_the_cheapest_cut():
     lengths = [9, 9, 7, 7, 6, 3, 3, 1]
     for size, overhead in itertools.product((1, 2, 3, 8), (0, 1, 4, 48)):
