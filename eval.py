@@ -431,12 +431,14 @@ class Task:
         return [(prompt, self.limits(doc))]
 
     def shot(self, doc):
-        """A solved example. Where a target is empty the harness leaves out the blank line too."""
+        """A solved example, with the first of several answers. Where a target is empty the harness
+        leaves out the blank line too."""
         if not self.target and self.right(doc) is NEVER:
             raise UserError(f"{place_of(doc)} cannot be a shot: none of its choices is right")
         answer = self.target(doc) if self.target else self.choices(doc)[self.right(doc)]
         if self.target and not answer:
             return self.prompt(doc)
+        answer = answer[0] if isinstance(answer, list) else answer
         return self.prompt(doc) + self.delimiter + answer + "\n\n"
 
     def right(self, doc):
@@ -668,7 +670,7 @@ SWDE = dict(
     splits=("validation", "validation"), shot_split=None)
 
 LONGBENCH = dict(
-    gold=lambda doc: doc["answers"], target=lambda doc: doc["answers"][0], delimiter="",
+    gold=lambda doc: doc["answers"], target=lambda doc: doc["answers"], delimiter="",
     stop=("\n",), metric="score", splits=("test", "test"), shot_split=None)
 
 

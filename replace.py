@@ -37,10 +37,10 @@ from distill import (
 from eval import (
     CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
     add_task_flags, answer_hybrids, attention_modules, check_metric, demo_text, demo_tokenizer,
-    digest, evaluate_hybrids, file_task, find_device, find_task, fingerprint, finish, gather, join_ranks,
-    layers_can_be_shared, load_model, lock_dir, log, make_demo, make_output_dir, pad, parse_layers,
-    positive, prepare, progress, rank, run_script, slices, split_docs, versions, world_size,
-    write_atomic, write_json)
+    digest, evaluate_hybrids, file_task, find_device, find_task, fingerprint, finish, gather,
+    join_ranks, layers_can_be_shared, load_model, lock_dir, log, make_demo, make_output_dir, pad,
+    parse_layers, positive, prepare, progress, rank, run_script, slices, split_docs, versions,
+    world_size, write_atomic, write_json)
 from kernels import measured_limits
 from linear_attn import check_savable, replaced, save_hybrid
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
@@ -501,7 +501,7 @@ def benchmark(args):
         log(f"  {phase}: {row['hours']:.3g} hours (paper: {PAPER_HOURS} of an A800), peak memory "
             f"{row['peak_memory'] / 2**20:,.0f} MiB, share of the measured matrix rate: {share}")
     log(f"  distillation at {phases['distillation']['tokens_per_second']:,.0f} tokens per second, "
-        f"hours for {PAPER_TOKENS:,} tokens; search of {phases['search']['evaluations']} evaluations")
+        f"hours for {PAPER_TOKENS:,}; search of {phases['search']['evaluations']} evaluations")
     return {"device": name, "batch_size": args.batch_size, "versions": versions(), **phases}
 
 

@@ -1473,6 +1473,9 @@ def test_slices_are_the_cheapest_cut():
 
 
 def test_other_prompts():
+    trec = {"context": "c", "question": "q", "answers": ["", "x"], "all_classes": ["x"]}
+    (alone, _), (shown, _) = TASKS["TREC"].requests(trec)[0], TASKS["TREC"].requests(trec, [trec])[0]
+    assert shown == alone + "\n\n" + alone
     code = {"prompt": "def f():\n", "test": "def check(f):\n    pass\n", "entry_point": "f"}
     assert TASKS["HumanEval"].requests(code, [code])[0][0] == (
         "def f():\n def check(f):\n    pass\n\ncheck(f)\n\ndef f():\n")
