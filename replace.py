@@ -475,6 +475,9 @@ def benchmark(args):
     choices. On a CPU the same on a tiny model, to see that it runs."""
     if world_size() > 1:
         raise UserError("--benchmark measures one process; start it without torchrun.")
+    if args.model or args.blocks or args.task or args.out:
+        raise UserError("--benchmark makes its own model and task and saves nothing: leave --model, "
+                        "--blocks, --task and --out out.")
     device = find_device(args.device)
     gpu = device.type == "cuda"
     size, dtype, shape, steps, items, length = (

@@ -2153,6 +2153,8 @@ def test_benchmark_of_both_phases(monkeypatch, capsys):
         layer, rel=0.01)
     assert distillation["hours"] == pytest.approx(
         1e8 / distillation["tokens_per_second"] / 3600)
+    code, _, errors = call(["replace.py", "--benchmark", "--model", "m"], monkeypatch, capsys)
+    assert code == 2 and "its own model" in errors
 
 
 @pytest.mark.parametrize("attn", MIXERS)
