@@ -57,6 +57,7 @@ try:
     from safetensors import SafetensorError
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
+    from transformers.cache_utils import DynamicLayer
     from transformers.utils.import_utils import is_kernels_available
 
     if is_kernels_available():
@@ -64,7 +65,7 @@ try:
                           "which transformers would load in its place; uninstall that package")
     import linear_attn
     from linear_attn import (
-        UserError, attention_modules, decoder_layers, linear_layers, replaced)
+        LinearCacheLayer, UserError, attention_modules, decoder_layers, linear_layers, replaced)
 except ImportError as error:
     sys.exit(f"cannot start: {error}. Set up with: pip install -r requirements.txt")
 
@@ -1136,8 +1137,7 @@ class Prepared:
             self.groups += self._grouped(new, whole or task.generates)
         self.groups.sort(key=lambda group: -len(group.prefix))
         self.batch_size, self.batches = batch_size, slices(
-            self.groups, batch_size, lambda group: len(group.prefix),
-            math.inf if task.generates else forward_overhead(model))
+            self.groups, batch_size, lambda group: len(group.prefix), math.inf)
 
     def _request(self, ask, doc, limit):
         """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
@@ -1197,6 +1197,9 @@ def slices(rows, size, length, overhead):
     return cut[::-1]
 
 
+KEY_BLOCK = 16      # keys that a CPU's attention takes at once, and to which a GPU's aligns masks
+
+
 def forward_overhead(model):
     """How many positions cost about as much as what a forward takes besides: launching kernels.
     On 2 CPU cores 10 to 100 were measured for models of 9 M to 0.3 M parameters."""
@@ -1215,7 +1218,7 @@ def head_only_at(model, scored):
         hook.remove()
 
 
-def pad(rows, left):
+def pad(rows, left=False):
     """Token ids [B, T] and the mask of real ones, padded on one side."""
     width = max(map(len, rows))
     fill = [[0] * (width - len(row)) for row in rows]
@@ -1238,83 +1241,135 @@ def read(model, ids, scored, cache=None, mask=None, positions=None):
     return logits.float().log_softmax(-1)
 
 
-def add_log_probs(sums, log_probs, asked):
-    """sums[request] += log_probs[row, token], in fp64, for each (row, request, token) asked."""
-    if asked:
-        rows, requests, tokens = torch.tensor(asked).unbind(1)
-        picked = log_probs[rows.to(log_probs.device), tokens.to(log_probs.device)]
-        sums.index_add_(0, requests, picked.cpu().double())
+def add_log_probs(sums, log_probs, rows, owners, tokens):
+    """sums[owner] += log_probs[row, token], in fp64, for all triples of three tensors."""
+    picked = log_probs[rows.to(log_probs.device), tokens.to(log_probs.device)]
+    sums.index_add_(0, owners, picked.cpu().double())
+
+
+def read_rows(model, requests, rows, sums, *memory):
+    """One forward of rows (request, tokens), after `memory` (cache, mask, positions) if they go
+    on from something; adds the log-probabilities of the tokens scored to sums[request]."""
+    ids, real = pad([tokens[:-1] for _, tokens in rows])
+    targets = pad([tokens[1:] for _, tokens in rows])[0]
+    ends = real.sum(1, keepdim=True)                                        # [R, 1]
+    owners = torch.tensor([i for i, _ in rows])
+    counts = torch.tensor([[requests[i].scored] for i, _ in rows]).minimum(ends)
+    place = torch.arange(ids.shape[1])
+    scored = (place >= ends - counts) & (place < ends)                      # [R, T]
+    log_probs = read(model, ids, scored, *memory)                           # [N, V]
+    add_log_probs(sums, log_probs, torch.arange(len(log_probs)),
+                  owners.repeat_interleave(counts.squeeze(1)), targets[scored])
+
+
+def read_prefixes(model, requests, groups, sums):
+    """One forward of the prefixes of groups. Their last position gives the log-probability of every
+    member's first token, all that single-token choices need. Returns what the members with more
+    go on from, and these: (cache, mask [B, P], [(row, request, tokens)]), padded on the left, so
+    that all prefixes end together; else on the right, where a causal model needs no mask.
+    """
+    members = [(row, i, requests[i].tokens[len(group.prefix):])
+               for row, group in enumerate(groups) for i in group.members]
+    tails = [member for member in members if len(member[2]) > 1]
+    ids, real = pad([group.prefix for group in groups], left=bool(tails))
+    place = real.cumsum(1)                                                  # from 1
+    last = real & (place == real.sum(1, keepdim=True))
+    memory = [transformers.DynamicCache(config=model.config) if tails else None]
+    if tails and not real.all():
+        memory += [real, (place - 1).clamp(min=0)]
+    log_probs = read(model, ids, last, *memory)                             # [B, V]
+    first = [(row, i, tokens[0]) for row, i, tokens in members
+             if 0 < len(tokens) <= requests[i].scored]
+    if first:
+        add_log_probs(sums, log_probs, *torch.tensor(first).unbind(1))
+    return memory[0], real, tails
 
 
 @torch.no_grad()
 def batch_log_likelihoods(model, requests, groups, batch_size):
     """{request: summed log-probability of its scored tokens} for a batch of groups.
 
-    First every group's prefix is run once. Its last position gives the first token of every
-    member, which is all that single-token choices need. Then the members' remaining tokens are
-    run, sorted by length, `batch_size` at a time, each row going on from a copy of its group's
-    keys, values and states.
+    A group of one request is read whole. Of the others the prefixes are read once, then the
+    tokens that are left to their members, each row going on from a copy of its prefix's keys,
+    values and states. What is read together is cut into the cheapest forwards of up to
+    `batch_size` rows of similar length; the members of all prefixes are cut together.
     """
-    members = [i for group in groups for i in group.members]
-    tails = [(row, i, requests[i].tokens[len(group.prefix):])
-             for row, group in enumerate(groups) for i in group.members if len(group.members) > 1]
-    going_on = [tail for tail in tails if len(tail[2]) > 1]
-    # Prefixes that go on are padded on the left, so that they end together; others on the right,
-    # where a causal model cannot see the padding and needs no mask.
-    left = bool(going_on)
-    ids, real = pad([group.prefix for group in groups], left)
-    cache = transformers.DynamicCache(config=model.config) if going_on else None
-    masked = cache is not None and not real.all()
-    scored, asked, count = torch.zeros_like(real), [], 0
-    for row, group in enumerate(groups):
-        length, n = len(group.prefix), 1
-        if len(group.members) > 1:      # one position for the first token of each
-            asked += [(count, i, requests[i].tokens[length]) for i in group.members
-                      if len(requests[i].tokens) - requests[i].scored == length
-                      and requests[i].scored > 0]
-        else:                           # the prefix is all but the last token
-            i, = group.members
-            n = min(requests[i].scored, length)
-            asked += [(count + t, i, token)
-                      for t, token in enumerate(requests[i].tokens[length + 1 - n:])]
-        end = ids.shape[1] if left else length
-        scored[row, end - n: end] = True
-        count += n
+    def cut(rows, length):
+        return slices(sorted(rows, key=lambda row: -length(row)), batch_size, length,
+                      forward_overhead(model))
+
     sums = torch.zeros(len(requests), dtype=torch.float64)
-    log_probs = read(model, ids, scored, cache, real if masked else None,
-                     (real.cumsum(1) - 1).clamp(min=0))
-    add_log_probs(sums, log_probs, asked)
-    going_on.sort(key=lambda tail: -len(tail[2]))
-    for tails in slices(going_on, batch_size, lambda tail: len(tail[2]), forward_overhead(model)):
-        score_tails(model, requests, tails, cache, real if masked else None, sums)
+    members = [i for group in groups for i in group.members]
+    alone = [(i, requests[i].tokens) for group in groups if len(group.members) == 1
+             for i in group.members if requests[i].scored > 0]
+    for rows in cut(alone, lambda row: len(row[1])):
+        read_rows(model, requests, rows, sums)
+    sharing = [group for group in groups if len(group.members) > 1]
+    parts = [read_prefixes(model, requests, part, sums)
+             for part in cut(sharing, lambda group: len(group.prefix))]
+    parts, room = [part for part in parts if part[2]], has_room(model)
+    if parts and room:
+        parts = [joined(parts)]
+    for cache, mask, tails in parts:
+        for some in cut(tails, lambda tail: len(tail[2])):
+            rows, owners, tokens = zip(*some)
+            read_rows(model, requests, list(zip(owners, tokens)), sums,
+                      *forked(cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1, room))
     return dict(zip(members, sums[members].tolist()))
 
 
-def score_tails(model, requests, tails, cache, prefix_mask, sums):
-    """Second half of batch_log_likelihoods: tails are (row of the prefix, request, tokens)."""
-    rows = torch.tensor([row for row, _, _ in tails])
-    cache = forked(cache, rows.to(model.device))
-    ids, real = pad([tokens[:-1] for _, _, tokens in tails], left=False)
-    scored, asked = torch.zeros_like(real), []
-    for row, (_, i, tokens) in enumerate(tails):
-        end = len(tokens) - 1
-        n = min(requests[i].scored, end)
-        scored[row, end - n: end] = True
-        asked += [(len(asked) + t, i, token) for t, token in enumerate(tokens[end + 1 - n:])]
-    mask = positions = None
-    if prefix_mask is not None:
-        prefix = prefix_mask[rows]                                          # [R, P]
-        mask = torch.cat([prefix, torch.ones_like(real)], dim=1)            # [R, P + T]
-        positions = prefix.sum(1, keepdim=True) + torch.arange(ids.shape[1])
-    add_log_probs(sums, read(model, ids, scored, cache, mask, positions), asked)
+def has_room(model):
+    """Can places be put before the first token? Not where a layer counts them, as windows do."""
+    return all(type(layer) is DynamicLayer
+               for layer in transformers.DynamicCache(config=model.config).layers)
 
 
-def forked(cache, rows):
-    """A cache with copies of the given rows, which leaves `cache` as it is."""
+def joined(parts):
+    """Parts (cache, mask, tails) as one, whose prefixes still end together, with KEY_BLOCK - 1
+    places before the longest."""
+    caches, masks, _ = zip(*parts)
+    width = max(mask.shape[1] for mask in masks) + KEY_BLOCK - 1
+
+    def concatenated(tensors):          # [B, H, P, D] of each part, or [B, P]
+        return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[-2], 0))
+                          for x in tensors])
+    whole = copy.copy(caches[0])
+    whole.layers = [copy.copy(layer) for layer in whole.layers]
+    for layer, *layers in zip(whole.layers, *(cache.layers for cache in caches)):
+        if isinstance(layer, LinearCacheLayer):
+            layer.join(layers, seen=width)
+        elif layer.get_seq_length() > 0:
+            layer.keys = concatenated([part.keys for part in layers])
+            layer.values = concatenated([part.values for part in layers])
+    mask = concatenated([mask.unsqueeze(-1) for mask in masks]).squeeze(-1)
+    tails, start = [], 0
+    for _, part_mask, part_tails in parts:
+        tails += [(start + row, i, tokens) for row, i, tokens in part_tails]
+        start += len(part_mask)
+    return whole, mask, tails
+
+
+def forked(cache, mask, rows, new_tokens, room):
+    """What `new_tokens` (their number) after the prefixes in `rows` go on from: a cache with
+    copies of these rows, which leaves `cache` as it is; the mask [R, P + T]; positions [R, T].
+
+    With `room`, places that no row needs are left out, but so that keys come in multiples of
+    KEY_BLOCK: on a CPU, what is over costs attention up to a third of its time."""
+    mask = mask[rows]                                                       # [R, P]
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
+    if room:
+        keys = int(mask.sum(1).max()) + new_tokens
+        skip = mask.shape[1] + new_tokens - (keys + -keys % KEY_BLOCK)
+        mask = mask[:, skip:]
+        for layer in fork.layers:
+            if isinstance(layer, LinearCacheLayer):
+                layer.seen -= skip
+            elif layer.get_seq_length() > 0:
+                layer.keys, layer.values = layer.keys[:, :, skip:], layer.values[:, :, skip:]
     fork.batch_select_indices(rows)
-    return fork
+    return (fork, torch.nn.functional.pad(mask, (0, new_tokens), value=True),
+            mask.sum(1, keepdim=True) + torch.arange(new_tokens))
 
 
 class StopOnText(transformers.StoppingCriteria):
@@ -1694,15 +1749,15 @@ class SharedLayers:
 
     All of them read the batch in the same forwards. The first hybrid runs whole and leaves the
     outputs of its layers below `keep`; in a later one, a layer below `first` does not run: it gives
-    back, forward by forward, what it gave then, and after the first forward its part of the cache
-    is what it was then. Embeddings, masks, the layers above and the head are the family's own
+    back, forward by forward, what it gave then, and after the first forward of a cache its part of
+    it is what it was then. Embeddings, masks, the layers above and the head are the family's own
     code. Of a generation only the first forward, the prompt, is shared.
     """
 
     def __init__(self, model, keep, generates, cost=None):
         self.layers, self.keep, self.generates = decoder_layers(model), keep, generates
         self.outputs = [[] for _ in self.layers]        # per layer, forward by forward
-        self.memory = {}                                # layer: its part of the cache
+        self.memory = [[] for _ in self.layers]         # per layer: its part of each cache
         self.cost = collections.Counter() if cost is None else cost
 
     @contextlib.contextmanager
@@ -1721,32 +1776,28 @@ class SharedLayers:
                     layer.forward = forward
 
     def _forward(self, i, run, outputs):
-        outputs = iter(outputs)
+        outputs, memory = iter(outputs), iter(self.memory[i])
 
         def forward(*args, **kwargs):
             tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
             cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
             self.cost["plain"] += tokens
+            starts = cache is not None and cache.layers[i].get_seq_length() == 0
             output = next(outputs, None)
             if output is not None:
-                if cache is not None and i in self.memory:
-                    self._recall(i, cache)
+                if starts:
+                    cache.layers[i] = copy.copy(next(memory))
+                    if not self.generates:      # only its length will be asked for: copy no rows
+                        cache.layers[i].batch_select_indices = lambda rows: None
                 return output
             self.cost["run"] += tokens
             output = run(*args, **kwargs)
             if i < self.keep and not (self.generates and self.outputs[i]):
-                if cache is not None and not self.outputs[i]:
-                    self.memory[i] = copy.copy(cache.layers[i])
+                if starts:
+                    self.memory[i].append(copy.copy(cache.layers[i]))
                 self.outputs[i].append(output)
             return output
         return forward
-
-    def _recall(self, i, cache):
-        """Give the cache what layer i left in it after the first forward, if it is still empty."""
-        if cache.layers[i].get_seq_length() == 0:
-            cache.layers[i] = copy.copy(self.memory[i])
-            if not self.generates:      # only its length will be asked for: no copies of its rows
-                cache.layers[i].batch_select_indices = lambda rows: None
 
 
 def judge(prepared, outputs, metric, layers, allow_code=False):

@@ -2063,6 +2063,33 @@ def search_case(family, attn, kind, batch_size):
     return model, shaken_mixers(model, attn, init), split
 
 
+@pytest.mark.parametrize("overhead", (0, 10 ** 6))
+@pytest.mark.parametrize("family", SEARCHED)
+def test_how_requests_are_batched_changes_nothing(family, overhead, monkeypatch):
+    """Many short forwards or few full ones, prefixes joined or on their own, hybrids or not: as
+    one request after the other without a cache. Keys come in whole blocks, but for windows."""
+    widths, forked = [], evaluation.forked
+
+    def spy(*args):
+        widths.append(forked(*args)[1].shape[1])
+        return forked(*args)
+    monkeypatch.setattr(evaluation, "forward_overhead", lambda model: overhead)
+    monkeypatch.setattr(evaluation, "forked", spy)
+    model, mixers, split = search_case(family, "jet", "choices", 8)
+    for layers in ((), (1,), tuple(mixers)):
+        with torch.no_grad(), replace.replaced(model, mixers, layers):
+            for batch in split.batches:
+                found = evaluation.batch_log_likelihoods(model, split.requests, batch, 8)
+                for i, request in ((i, split.requests[i]) for i in found):
+                    ids = torch.tensor([request.tokens])
+                    log_probs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+                    places = torch.arange(len(request.tokens))[-request.scored:]
+                    wanted = log_probs[places - 1, ids[0, places]].sum().item()
+                    assert found[i] == pytest.approx(wanted, abs=1e-4)
+    blocks = all(width % evaluation.KEY_BLOCK == 0 for width in widths)
+    assert widths and blocks == evaluation.has_room(model) == (family != "gemma3")
+
+
 class Calls:
     """Counts the tokens that pass through each attention module, from outside."""
 
