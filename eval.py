@@ -1250,9 +1250,8 @@ def add_log_probs(sums, log_probs, rows, owners, tokens):
 def read_rows(model, requests, rows, sums, *memory):
     """One forward of rows (request, tokens), after `memory` (cache, mask, positions) if they go
     on from something; adds the log-probabilities of the tokens scored to sums[request]."""
-    ids, real = pad([tokens[:-1] for _, tokens in rows])
-    targets = pad([tokens[1:] for _, tokens in rows])[0]
-    ends = real.sum(1, keepdim=True)                                        # [R, 1]
+    tokens, real = pad([tokens for _, tokens in rows])                      # [R, T + 1]
+    ids, targets, ends = tokens[:, :-1], tokens[:, 1:], real.sum(1, keepdim=True) - 1
     owners = torch.tensor([i for i, _ in rows])
     counts = torch.tensor([[requests[i].scored] for i, _ in rows]).minimum(ends)
     place = torch.arange(ids.shape[1])
@@ -1326,7 +1325,7 @@ def has_room(model):
 
 def joined(parts):
     """Parts (cache, mask, tails) as one, whose prefixes still end together, with KEY_BLOCK - 1
-    places before the longest."""
+    places before the longest. Empties the parts' caches."""
     caches, masks, _ = zip(*parts)
     width = max(mask.shape[1] for mask in masks) + KEY_BLOCK - 1
 
@@ -1334,13 +1333,16 @@ def joined(parts):
         return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[-2], 0))
                           for x in tensors])
     whole = copy.copy(caches[0])
-    whole.layers = [copy.copy(layer) for layer in whole.layers]
-    for layer, *layers in zip(whole.layers, *(cache.layers for cache in caches)):
+    whole.layers = []
+    while caches[0].layers:             # what is joined is given up, layer by layer
+        layers = [cache.layers.pop(0) for cache in caches]
+        layer = copy.copy(layers[0])
         if isinstance(layer, LinearCacheLayer):
             layer.join(layers, seen=width)
         elif layer.get_seq_length() > 0:
             layer.keys = concatenated([part.keys for part in layers])
             layer.values = concatenated([part.values for part in layers])
+        whole.layers.append(layer)
     mask = concatenated([mask.unsqueeze(-1) for mask in masks]).squeeze(-1)
     tails, start = [], 0
     for _, part_mask, part_tails in parts:
