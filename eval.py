@@ -1136,8 +1136,7 @@ class Prepared:
             self.of_doc.append(mine)
             self.groups += self._grouped(new, whole or task.generates)
         self.groups.sort(key=lambda group: -len(group.prefix))
-        self.batch_size, self.batches = batch_size, slices(
-            self.groups, batch_size, lambda group: len(group.prefix), math.inf)
+        self.batch_size, self.batches = batch_size, even_batches(self.groups, batch_size)
 
     def _request(self, ask, doc, limit):
         """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
@@ -1177,6 +1176,16 @@ class Prepared:
     def fingerprint(self):
         return digest(self.task.name, self.docs, [request.key() for request in self.requests],
                       [[(group.prefix, group.members) for group in b] for b in self.batches])
+
+
+def even_batches(rows, size):
+    """Cut a list into lists of at most `size` rows, as even as can be, in a number that 2, 4 or 8
+    processes can share out evenly."""
+    count = math.ceil(len(rows) / size)
+    step = min(8, 1 << (count - 1).bit_length())        # 1, 2, 4 or 8
+    count = min(math.ceil(count / step) * step, len(rows))
+    edges = [len(rows) * i // count for i in range(count + 1)]
+    return [rows[first: end] for first, end in zip(edges, edges[1:])]
 
 
 def slices(rows, size, length, overhead):

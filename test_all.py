@@ -1459,6 +1459,18 @@ def test_a_choice_without_tokens_scores_nothing(lab):
         assert found[i] == pytest.approx(alone, abs=1e-5) and (request.scored or found[i] == 0)
 
 
+def test_batches_are_even_and_shared_out_evenly():
+    for n, size in itertools.product((1, 2, 3, 5, 81, 400), (1, 2, 8, 32, 500)):
+        batches = evaluation.even_batches(list(range(n)), size)
+        assert sum(batches, []) == list(range(n))
+        sizes = [len(batch) for batch in batches]
+        assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
+        assert len(batches) < 2 * -(-n // size) or len(batches) <= 8
+        for ranks in (2, 4, 8):
+            if 8 <= len(batches) < n:
+                assert len({len(batches[rank::ranks]) for rank in range(ranks)}) == 1
+
+
 def test_slices_are_the_cheapest_cut():
     lengths = [9, 9, 7, 7, 6, 3, 3, 1]
     for size, overhead in itertools.product((1, 2, 3, 8), (0, 1, 4, 48)):
