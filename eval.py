@@ -1338,7 +1338,7 @@ def joined(parts):
     caches, masks, _ = zip(*parts)
     width = max(mask.shape[1] for mask in masks) + KEY_BLOCK - 1
 
-    def concatenated(tensors):          # [B, H, P, D] of each part, or [B, P]
+    def concatenated(tensors):          # of each part, [B, H, P, D] or [B, P, 1]
         return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[-2], 0))
                           for x in tensors])
     whole = copy.copy(caches[0])
@@ -1793,8 +1793,10 @@ class SharedLayers:
             tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
             cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
             self.cost["plain"] += tokens
-            starts = cache is not None and cache.layers[i].get_seq_length() == 0
             output = next(outputs, None)
+            kept = i < self.keep and not (self.generates and self.outputs[i])
+            starts = ((kept or output is not None) and cache is not None    # not all layers count
+                      and cache.layers[i].get_seq_length() == 0)
             if output is not None:
                 if starts:
                     cache.layers[i] = copy.copy(next(memory))
@@ -1803,7 +1805,7 @@ class SharedLayers:
                 return output
             self.cost["run"] += tokens
             output = run(*args, **kwargs)
-            if i < self.keep and not (self.generates and self.outputs[i]):
+            if kept:
                 if starts:
                     self.memory[i].append(copy.copy(cache.layers[i]))
                 self.outputs[i].append(output)
