@@ -1227,6 +1227,23 @@ def head_only_at(model, scored):
         hook.remove()
 
 
+@contextlib.contextmanager
+def grouped_heads(model):
+    """Within the block, attention on a CPU takes grouped key/value heads as they are, under a mask
+    too, where transformers would copy each for all of its query heads. On a GPU torch's fused
+    kernels need the copies."""
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    if model.device.type == "cpu":
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
 def pad(rows, left=False):
     """Token ids [B, T] and the mask of real ones, padded on one side."""
     width = max(map(len, rows))
@@ -1244,7 +1261,7 @@ def read(model, ids, scored, cache=None, mask=None, positions=None):
     if mask is not None:
         kwargs = {"attention_mask": mask.long().to(model.device),
                   "position_ids": positions.to(model.device)}
-    with head_only_at(model, scored.to(model.device)):
+    with head_only_at(model, scored.to(model.device)), grouped_heads(model):
         logits = model(ids.to(model.device), past_key_values=cache, use_cache=cache is not None,
                        **kwargs).logits
     return logits.float().log_softmax(-1)
@@ -1369,6 +1386,8 @@ def forked(cache, mask, rows, new_tokens, room):
     mask = mask[rows]                                                       # [R, P]
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in fork.layers:           # a family's own linear layers keep their states in dicts
+        vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
     if room:
         keys = int(mask.sum(1).max()) + new_tokens
         skip = mask.shape[1] + new_tokens - (keys + -keys % KEY_BLOCK)
@@ -1378,7 +1397,8 @@ def forked(cache, mask, rows, new_tokens, room):
                 layer.seen -= skip
             elif layer.get_seq_length() > 0:
                 layer.keys, layer.values = layer.keys[:, :, skip:], layer.values[:, :, skip:]
-    fork.batch_select_indices(rows)
+    fork.reorder_cache(rows)            # batch_select_indices takes three times as long, and not
+                                        # all layers have it
     return (fork, torch.nn.functional.pad(mask, (0, new_tokens), value=True),
             mask.sum(1, keepdim=True) + torch.arange(new_tokens))
 
@@ -1801,7 +1821,7 @@ class SharedLayers:
                 if starts:
                     cache.layers[i] = copy.copy(next(memory))
                     if not self.generates:      # only its length will be asked for: copy no rows
-                        cache.layers[i].batch_select_indices = lambda rows: None
+                        cache.layers[i].reorder_cache = lambda rows: None
                 return output
             self.cost["run"] += tokens
             output = run(*args, **kwargs)

@@ -2057,9 +2057,18 @@ SEARCHED = {
 }
 
 
-def search_case(family, attn, kind, batch_size):
-    """A random model, its mixers, and items whose contexts and choices differ in length."""
-    model, rng = random_model(SEARCHED[family](), scale=2.0), random.Random(1)
+OWN_LINEAR = {      # families with linear layers of their own, beside or within softmax layers
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **{**SMALL, "num_hidden_layers": 4}, head_dim=8, linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "falcon_h1": lambda: transformers.FalconH1Config(**SMALL, head_dim=8),
+}
+
+
+def search_split(model, kind, batch_size):
+    """Items whose contexts and choices differ in length."""
+    rng = random.Random(1)
     text = lambda n: evaluation.demo_text(rng.randrange(64) for _ in range(n))
     if kind == "generate":
         task, docs = GENERATE_FILE, [{"prompt": text(rng.randint(3, 9)), "answer": "t1",
@@ -2069,10 +2078,30 @@ def search_case(family, attn, kind, batch_size):
         task, docs = CHOICE_FILE, [
             {"context": text(rng.randint(3, 9)), "gold": rng.randrange(3),
              "choices": [text(rng.randint(1, longest)) for _ in range(3)]} for _ in range(11)]
-    split = evaluation.Prepared(task, docs, model, evaluation.demo_tokenizer(), batch_size,
-                                whole=kind == "whole")
+    return evaluation.Prepared(task, docs, model, evaluation.demo_tokenizer(), batch_size,
+                               whole=kind == "whole")
+
+
+def search_case(family, attn, kind, batch_size):
+    """A random model, its mixers, and a split."""
+    model = random_model(SEARCHED[family](), scale=2.0)
+    split = search_split(model, kind, batch_size)
     init = "random" if family == "falcon" else "inherit"    # its fused layout is not known
     return model, shaken_mixers(model, attn, init), split
+
+
+@torch.no_grad()
+def assert_as_one_by_one(model, split, batch_size):
+    """The engine's log-likelihoods are those of one request after the other without a cache."""
+    for batch in split.batches:
+        found = evaluation.batch_log_likelihoods(model, split.requests, batch, batch_size)
+        assert set(found) == {i for group in batch for i in group.members}
+        for i, request in ((i, split.requests[i]) for i in found):
+            ids = torch.tensor([request.tokens])
+            log_probs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+            places = torch.arange(len(request.tokens))[-request.scored:]
+            wanted = log_probs[places - 1, ids[0, places]].sum().item()
+            assert found[i] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("overhead", (0, 10 ** 6))
@@ -2090,16 +2119,38 @@ def test_how_requests_are_batched_changes_nothing(family, overhead, monkeypatch)
     model, mixers, split = search_case(family, "jet", "choices", 8)
     for layers in ((), (1,), tuple(mixers)):
         with torch.no_grad(), replace.replaced(model, mixers, layers):
-            for batch in split.batches:
-                found = evaluation.batch_log_likelihoods(model, split.requests, batch, 8)
-                for i, request in ((i, split.requests[i]) for i in found):
-                    ids = torch.tensor([request.tokens])
-                    log_probs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
-                    places = torch.arange(len(request.tokens))[-request.scored:]
-                    wanted = log_probs[places - 1, ids[0, places]].sum().item()
-                    assert found[i] == pytest.approx(wanted, abs=1e-4)
+            assert_as_one_by_one(model, split, 8)
     blocks = all(width % evaluation.KEY_BLOCK == 0 for width in widths)
     assert widths and blocks == evaluation.has_room(model) == (family != "gemma3")
+
+
+@pytest.mark.parametrize("family", OWN_LINEAR)
+def test_base_models_with_linear_layers_of_their_own_are_scored(family):
+    """Their states are forked, too: several times from the same prefixes, which stay as they are."""
+    model = random_model(OWN_LINEAR[family](), scale=2.0)
+    assert_as_one_by_one(model, search_split(model, "choices", 8), 4)
+
+
+def test_grouped_heads_are_not_copied_on_a_cpu(monkeypatch):
+    """Forks, which have a mask, hand attention as many key heads as the model has; the switch is
+    put back to what it was, after an error too."""
+    heads, attention = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **kwargs):
+        heads.add((attn_mask is None, key.shape[1]))
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model = random_model(SEARCHED["llama"]())
+    split, name = search_split(model, "choices", 8), "TRANSFORMERS_SDPA_FORCE_GQA"
+    for before in (None, "0"):
+        monkeypatch.delenv(name, raising=False)
+        if before:
+            monkeypatch.setenv(name, before)
+        evaluation.batch_log_likelihoods(model, split.requests, split.batches[0], 8)
+        assert heads == {(False, SMALL["num_key_value_heads"])} and os.environ.get(name) == before
+        with pytest.raises(IndexError):
+            evaluation.read(model, torch.tensor([[10 ** 6]]), torch.tensor([[True]]))
+        assert os.environ.get(name) == before
 
 
 class Calls:
