@@ -1192,13 +1192,15 @@ def slices(rows, size, length, overhead):
     """Cut a list, sorted by `length` from the longest, into lists of at most `size` rows, each to
     be filled up to its first one's length: the cut that has the fewest positions, where every
     list costs `overhead` positions more."""
-    lengths = [length(row) for row in rows]
-    cost, start = [0], [0]              # of the best cut of the first n rows: its cost; where its
-    for end in range(1, len(rows) + 1):                                     # last list begins
-        best = min((cost[first] + (end - first) * lengths[first] + overhead, first)
-                   for first in range(max(end - size, 0), end))
-        cost.append(best[0])
-        start.append(best[1])
+    lengths = np.array([length(row) for row in rows], dtype=float)
+    places = np.arange(len(rows))
+    cost, start = np.zeros(len(rows) + 1), [0]      # of the best cut of the first n rows: its cost;
+    for end in range(1, len(rows) + 1):             # where its last list begins
+        firsts = places[max(end - size, 0): end]
+        costs = cost[firsts] + (end - firsts) * lengths[firsts]
+        best = costs.argmin()
+        cost[end] = costs[best] + overhead
+        start.append(int(firsts[best]))
     cut, end = [], len(rows)
     while end > 0:
         cut.append(rows[start[end]: end])

@@ -2062,7 +2062,9 @@ OWN_LINEAR = {      # families with linear layers of their own, beside or within
         **{**SMALL, "num_hidden_layers": 4}, head_dim=8, linear_num_value_heads=4,
         linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-    "falcon_h1": lambda: transformers.FalconH1Config(**SMALL, head_dim=8),
+    "falcon_h1": lambda: transformers.FalconH1Config(
+        **SMALL, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+        mamba_chunk_size=8),
 }
 
 
@@ -2127,7 +2129,7 @@ def test_how_requests_are_batched_changes_nothing(family, overhead, monkeypatch)
 @pytest.mark.parametrize("family", OWN_LINEAR)
 def test_base_models_with_linear_layers_of_their_own_are_scored(family):
     """Their states are forked, too: several times from the same prefixes, which stay as they are."""
-    model = random_model(OWN_LINEAR[family](), scale=2.0)
+    model = random_model(OWN_LINEAR[family]())
     assert_as_one_by_one(model, search_split(model, "choices", 8), 4)
 
 
