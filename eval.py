@@ -303,7 +303,7 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     """(model, tokenizer): the model in eval mode, without gradients, on `device`.
 
     A hybrid saved by replace.py is loaded with the classes of linear_attn.py; with `base_only`
-    it is refused. Raises UserError for whatever is not a causal language model with a tokenizer.
+    it is refused, and so is a model that cannot be converted. Raises UserError for whatever is not a causal language model with a tokenizer.
     """
     config = read_config(name, trust_remote_code)
     if base_only and is_hybrid(config):
@@ -329,7 +329,8 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     model = model.eval().requires_grad_(False)
     if model.config.is_encoder_decoder or not is_causal(model):
         raise UserError(f"{name} is not a causal language model.")
-    attention_modules(model)                            # refuses what cannot be converted
+    if base_only:
+        attention_modules(model)                        # refuses what cannot be converted
     return model, tokenizer
 
 

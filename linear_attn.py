@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.cache_utils import (
-    CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
+    CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -77,6 +77,10 @@ def attention_slots(model):
     if model.config.model_type in ("bloom", "mpt"):  # residual added inside; mask inverted
         raise UserError(f"{type(model).__name__}: its attention takes more than hidden states and "
                         "a mask in the usual form, so no linear module can stand in for it.")
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin)
+           for layer in DynamicCache(config=model.config).layers):
+        raise UserError(f"{type(model).__name__}: it has linear layers, or states beside its "
+                        "attention, of its own; this model cannot be converted.")
     slots = []
     for layer_idx, layer in enumerate(decoder_layers(model)):
         names = [name for name, _ in layer.named_children() if name in ATTENTION_NAMES]
@@ -637,7 +641,7 @@ def _as_hybrid(model, linear_attn, linear_layers, linear_init):
 
 def linear_layers(model):
     """The numbers of the layers whose attention is a linear mixer."""
-    return [i for i, m in enumerate(attention_modules(model)) if isinstance(m, LinearAttention)]
+    return sorted(m.layer_idx for m in model.modules() if isinstance(m, LinearAttention))
 
 
 def check_savable(model):

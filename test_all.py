@@ -2127,10 +2127,19 @@ def test_how_requests_are_batched_changes_nothing(family, overhead, monkeypatch)
 
 
 @pytest.mark.parametrize("family", OWN_LINEAR)
-def test_base_models_with_linear_layers_of_their_own_are_scored(family):
-    """Their states are forked, too: several times from the same prefixes, which stay as they are."""
+def test_base_models_with_linear_layers_of_their_own(family, lab, tmp_path, monkeypatch, capsys):
+    """They are scored, their states forked several times from the same prefixes, which stay as
+    they are; but they are not converted."""
     model = random_model(OWN_LINEAR[family]())
     assert_as_one_by_one(model, search_split(model, "choices", 8), 4)
+    model.save_pretrained(tmp_path / "model")
+    evaluation.demo_tokenizer().save_pretrained(tmp_path / "model")
+    code, result, err = call(command("eval.py", model=tmp_path / "model", task=lab / "val.jsonl"),
+                             monkeypatch, capsys)
+    assert code == 0 and result["linear_layers"] == [], err
+    code, _, err = call(distill_command(lab, tmp_path / "out", model=tmp_path / "model"),
+                        monkeypatch, capsys)
+    assert code == 2 and "cannot be converted" in err and not (tmp_path / "out").exists()
 
 
 def test_grouped_heads_are_not_copied_on_a_cpu(monkeypatch):
