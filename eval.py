@@ -1022,6 +1022,14 @@ def _write_lines(path, rows):
     write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
 
+def demo_file(name, split):
+    """The file of a demo task's items. Raises UserError if it has not been made."""
+    path = DEMO / f"{name}-{split}.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is not here: `python distill.py` makes the demo and its tasks.")
+    return path
+
+
 def train_demo_teacher(path):
     """A 4-layer Llama of width 64, next-token loss, AdamW; the learning rate falls to zero over
     the last third. Saved with a word-level tokenizer as an ordinary checkpoint."""
@@ -1879,7 +1887,7 @@ def find_task(name, args):
         given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
-        return file_task(DEMO / f"{name}-validation.jsonl" if name in DEMO_TASKS else name)[0]
+        return file_task(demo_file(name, "validation") if name in DEMO_TASKS else name)[0]
     task = TASKS[name]
     if task.program and not args.allow_code_execution:
         raise UserError(f"{task.name} runs programs that the model wrote, behind a fence of "
@@ -1900,7 +1908,7 @@ def check_metric(task, metric):
 def scored_docs(name, task, args):
     """The documents that eval.py scores: a file's, or the split that the harness reports."""
     if name in DEMO_TASKS:
-        return file_task(DEMO / f"{name}-test.jsonl")[1]
+        return file_task(demo_file(name, "test"))[1]
     return load_docs(task, task.splits[1], args.docs) if task.hub else file_task(name)[1]
 
 

@@ -36,11 +36,11 @@ from distill import (
     load_blocks, make_mixers, make_optimizers, peak_memory, read_run, teacher_forward, train_step)
 from eval import (
     CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
-    add_task_flags, answer_hybrids, attention_modules, check_metric, demo_text, demo_tokenizer,
-    digest, evaluate_hybrids, file_task, find_device, find_task, fingerprint, finish, gather,
-    join_ranks, layers_can_be_shared, load_model, lock_dir, log, make_demo, make_output_dir, pad,
-    parse_layers, positive, prepare, progress, rank, run_script, slices, split_docs, versions,
-    world_size, write_atomic, write_json)
+    add_task_flags, answer_hybrids, attention_modules, check_metric, demo_file, demo_text,
+    demo_tokenizer, digest, evaluate_hybrids, file_task, find_device, find_task, fingerprint,
+    finish, gather, join_ranks, layers_can_be_shared, load_model, lock_dir, log, make_demo,
+    make_output_dir, pad, parse_layers, positive, prepare, progress, rank, run_script, slices,
+    split_docs, versions, world_size, write_atomic, write_json)
 from kernels import measured_limits
 from linear_attn import check_savable, replaced, save_hybrid
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
@@ -576,7 +576,7 @@ def search_documents(args, task):
         return {"validation": search, "test": report}
     files = [args.task, args.test]
     if args.task in DEMO_TASKS:
-        files = [DEMO / f"{args.task}-{split}.jsonl" for split in ("validation", "test")]
+        files = [demo_file(args.task, split) for split in ("validation", "test")]
     return {name: file_task(path)[1] for name, path in zip(("validation", "test"), files) if path}
 
 

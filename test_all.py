@@ -2613,6 +2613,12 @@ def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("out/layer*")) and not list(tmp_path.glob("out/search.jsonl"))
 
 
+def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(command("eval.py", model=lab / "model", task="copy"), monkeypatch, capsys)
+    assert code == 2 and "`python distill.py` makes the demo" in err
+
+
 def test_a_loss_that_is_not_finite_stops_with_layer_and_step(lab, tmp_path, monkeypatch, capsys):
     code, _, err = call(distill_command(lab, tmp_path / "out", lr=1e30), monkeypatch, capsys)
     assert code == 1 and re.search(r"layer \d is not finite at step \d", err), err
