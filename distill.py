@@ -351,16 +351,14 @@ def held_out_error(model, mixers, chunks, batch_size, share_batch=False):
     for batch in chunks.split(batch_size)[rank() if share_batch else 0::
                                           world_size() if share_batch else 1]:
         teacher_forward(model, batch, list(mixers), visit)
-    errors = {}
+    sums = to_host(sums.values())                                                       # [L, 4]
+    squares, total, total_squares, cosine = (add_up(sums) if share_batch else sums).T   # [L] each
     tokens = chunks.numel()
     count = tokens * model.config.get_text_config(decoder=True).hidden_size
-    totals = to_host(sums.values())                                                     # [L, 4]
-    if share_batch:
-        add_up(totals)
-    for layer, (squares, total, total_squares, cosine) in zip(sums, totals.tolist()):
-        mse, variance = squares / count, total_squares / count - (total / count) ** 2
-        errors[layer] = {"mse": mse, "relative_mse": mse / variance, "cosine": cosine / tokens}
-    return errors
+    mse, variance = squares / count, total_squares / count - (total / count) ** 2
+    columns = {"mse": mse, "relative_mse": mse / variance, "cosine": cosine / tokens}
+    return {layer: {name: column[i].item() for name, column in columns.items()}
+            for i, layer in enumerate(mixers)}
 
 
 def learning_rate(step, steps, peak):

@@ -2289,6 +2289,12 @@ def test_benchmark_of_both_phases(monkeypatch, capsys):
         layer, rel=0.01)
     assert distillation["hours"] == pytest.approx(
         1e8 / distillation["tokens_per_second"] / 3600)
+    code, result, errors = call(["replace.py", "--benchmark", "--device", "cpu", "--limit", "2"],
+                                monkeypatch, capsys)
+    search = result["search"]
+    assert search["plain_layer_tokens"] == 11 * 4 * 2 * 40 and search["items"] == 2
+    assert search["hours"] == pytest.approx(search["seconds"] * 8 / 2 / 3600)
+    assert "on 2 items, in proportion to 8" in errors
     code, _, errors = call(["replace.py", "--benchmark", "--model", "m"], monkeypatch, capsys)
     assert code == 2 and "its own model" in errors
 
