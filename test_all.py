@@ -3,6 +3,7 @@
 Tests on the real 260 K-parameter model and its data need ../shared and skip where it is absent.
 """
 
+import argparse
 import copy
 import functools
 import gzip
@@ -972,7 +973,7 @@ def test_closed_form_start_is_the_best_o_proj(lab):
     batches = [tokens(8, 32, seed=s) for s in range(4)]
     chunks = torch.cat(batches)
     inherited = distill.held_out_error(model, mixers, chunks, 8)[1]["mse"]
-    distill.closed_form_start(model, mixers, batches)
+    distill.solve_o_proj(model, mixers, batches)
     solved = distill.held_out_error(model, mixers, chunks, 8)[1]["mse"]
     assert solved < 0.9 * inherited
     for seed in range(5):
@@ -1007,7 +1008,7 @@ def test_closed_form_start_needs_no_fp64_products(lab):
     torch.set_float32_matmul_precision("high")
     try:
         with Products():
-            distill.closed_form_start(model, mixers, batches)
+            distill.solve_o_proj(model, mixers, batches)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -1175,6 +1176,45 @@ def test_stream_corpus_mixes_by_tokens_and_resumes(lab, tmp_path):
     assert torch.equal(next(again), read[25])
     with pytest.raises(UserError, match="body"):
         distill.StreamCorpus(spec, "text", tokenizer, 16, seed=0)
+
+
+def test_rows_of_a_stream_without_text_are_skipped_and_counted(lab, tmp_path, monkeypatch, capsys):
+    """One null text would end a distillation, at the same row after every resume; a column that
+    starts with nothing else is refused."""
+    good = [json.loads(line) for line in (lab / "corpus.jsonl").read_text().splitlines()] * 15
+    for name, bad in (("clean", []), ("nulls", [{"text": None}, {"text": ""}])):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl", [*bad, *good[:40], *bad, *good[40:]])
+        code, result, err = call(distill_command(lab, tmp_path / f"{name}-out", tokens=64, layers=0,
+                                                 seq_len=16, batch_size=1, data=tmp_path / name),
+                                 monkeypatch, capsys)
+        assert code == 0, err
+    rows = distill.read_run(tmp_path / "nulls-out")["skipped_rows"][str(tmp_path / "nulls")]
+    assert rows % 4 == 0 and f"corpus: {rows} rows of {tmp_path / 'nulls'} have no text" in err
+    clean, nulls = (load_file(distill.layer_file(tmp_path / f"{name}-out", 0))
+                    for name in ("clean", "nulls"))
+    assert all(torch.equal(clean[key], nulls[key]) for key in clean)
+    write_rows(tmp_path / "nulls" / "train.jsonl", [{"text": None}] * 200 + good)
+    with pytest.raises(UserError, match="no text in a column 'text' of its first 100 rows"):
+        distill.StreamCorpus(str(tmp_path / "nulls"), "text", None, 16, seed=0)
+
+
+def test_a_file_of_any_kind_that_eval_reads_is_a_corpus(lab, tmp_path):
+    """Compressed and Parquet files were taken for Hub ids."""
+    import datasets
+    _, tokenizer = load_lab_model(lab)
+    text = (lab / "corpus.jsonl").read_bytes()
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "c").write_bytes(text)
+    datasets.Dataset.from_list(list(map(json.loads, text.splitlines()))).to_parquet(
+        str(tmp_path / "c.parquet"))
+    corpora = [distill.open_corpus(argparse.Namespace(
+        data=str(path), text_column="text", seq_len=16, seed=0), tokenizer)
+        for path in (lab / "corpus.jsonl", *sorted(tmp_path.iterdir()))]
+    assert len(corpora) == 4
+    assert all(torch.equal(corpus.chunks, corpora[0].chunks) for corpus in corpora)
+    with pytest.raises(UserError, match="no such file"):
+        distill.open_corpus(argparse.Namespace(data="none.jsonl.gz"), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1963,7 +2003,7 @@ def test_search_on_the_real_model_equals_a_brute_force(name, attn, tmp_path):
     task, docs = evaluation.file_task(items)
     mixers = distill.make_mixers(model, attn, range(5), "inherit", 0)
     chunks = list(distill.pack((tokenizer.encode(doc["context"]) for doc in docs), 64))
-    distill.closed_form_start(model, mixers, [torch.stack(chunks)])
+    distill.solve_o_proj(model, mixers, [torch.stack(chunks)])
     found = []
     for plain, batch_size in ((False, 8), (True, 8), (False, 1), (False, 32)):
         split, outputs = evaluation.Prepared(task, docs, model, tokenizer, batch_size), {}
