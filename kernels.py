@@ -27,7 +27,9 @@ To copy: this file alone; it needs torch and, for the kernels, triton.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 import sys
 
@@ -247,6 +249,7 @@ class _DeltaRule(torch.autograd.Function):
                 _from_chunks(x.unsqueeze(-1), out.unsqueeze(-1), tokens)
         return *grads, dS1.view(dstate.shape)
 
+@torch.compiler.disable       # torch.compile would break it into many small graphs
 @_full_precision
 def gated_delta_rule(q, k, v, g, beta, initial_state=None, backend="auto"):
     """Gated delta rule, chunkwise: matrix products inside chunks, a short scan between them.
@@ -405,6 +408,7 @@ def _blocks(P, c, below=False):
     return P.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
 
 
+@torch.compiler.disable
 @_full_precision
 def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
     """Gated linear attention, chunkwise: matrix products inside chunks, a short scan between them.
@@ -457,6 +461,7 @@ class _CausalConv(torch.autograd.Function):
         return dx.to(x.dtype), torch.stack(dtaps, -2).to(kernel.dtype), None
 
 
+@torch.compiler.disable
 def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
     """Depthwise convolution over time that sees the present and the W-1 tokens before it.
 
@@ -1222,6 +1227,7 @@ def _run_step(q, k, v, g, beta, state, end):
     return o, end
 
 
+@torch.compiler.disable
 def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, backend="auto"):
     """A few tokens of decoding, without gradients: the delta rule, or GLA where beta is None.
 
@@ -1252,6 +1258,7 @@ def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, bac
 # -----------------------------------------------------------------------------
 # python kernels.py: the check
 
+OPS = ("gated_delta_rule", "gated_linear_attention")
 # relative RMS error against the fp64 loop on the same, rounded inputs
 TOLERANCES = {
     torch.float32: (1e-5, {"dg": 2e-4}),
@@ -1280,15 +1287,26 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
     return {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
 
 
-def _outputs_and_grads(function, inputs, out_grads=None):
-    """{"o", "state", "dq", ...} of function(*inputs); without out_grads no gradients."""
-    leaves = [x.detach().requires_grad_(out_grads is not None) for x in inputs.values()]
+def _outputs_and_grads(function, inputs, out_grads):
+    """{"o", "state", "dq", ...} of function(*inputs)."""
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
     outputs = function(*leaves)
-    results = dict(zip(("o", "state"), outputs))
-    if out_grads is not None:
-        grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
-        results |= {"d" + name: x for name, x in zip(inputs, grads)}
-    return results
+    grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
+    return dict(zip(("o", "state"), outputs)) | {"d" + name: x for name, x in zip(inputs, grads)}
+
+
+@contextlib.contextmanager
+def _poisoned():
+    """New tensors hold NaN until they are written, so that a place no kernel writes is seen."""
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory, True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _check_case(op, shape, decay, dtype, device):
@@ -1302,15 +1320,18 @@ def _check_case(op, shape, decay, dtype, device):
     else:
         ours = lambda *x: globals()[op](*x, backend="triton")
         loop = globals()[op + "_recurrent"]
-    out_grads = [torch.randn_like(x) for x in loop(*exact.values())]
+    # rounded once, to what the kernels return, so that both ways get the same gradients
+    out_grads = [torch.randn_like(x, dtype=dtype if i == 0 or op == "causal_conv" else x.dtype)
+                 for i, x in enumerate(ours(*inputs.values()))]
     expected = _outputs_and_grads(loop, exact, out_grads)
-    results = _outputs_and_grads(ours, inputs, out_grads)
-    if op != "causal_conv":
-        x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
-        o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
-                                  backend="triton")
-        results |= {"step o": o, "step state": state}
-        expected |= {"step o": expected["o"], "step state": expected["state"]}
+    with _poisoned():
+        results = _outputs_and_grads(ours, inputs, out_grads)
+        if op != "causal_conv":
+            x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
+            o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
+                                      backend="triton")
+            results |= {"step o": o, "step state": state}
+            expected |= {"step o": expected["o"], "step state": expected["state"]}
     errors = {}
     for name, y in expected.items():
         difference = (results[name].double() - y).abs()
@@ -1319,34 +1340,41 @@ def _check_case(op, shape, decay, dtype, device):
     return errors
 
 
-def check(device):
-    """Every op against its loop in fp64; prints the worst errors over all cases beside their
-    tolerance. Returns how many tensors were checked and how many failed (NaN fails)."""
-    on_gpu, worst, cases = device == "cuda", {}, 0
-    shapes = [(1, 17, 3, 16, 16), (1, 65, 1, 24, 40)]
+def _check_cases(device):
+    """(op, dtype, shape, decay) of all cases: the smaller head dims last."""
+    on_gpu = device == "cuda"
+    shapes = [(1, 65, 1, 24, 40), (1, 17, 3, 16, 16)]
     if on_gpu:
-        shapes += [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
-                   (1, 200, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64)]
-    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * on_gpu
-    for dtype in dtypes:
-        for op in ("gated_delta_rule", "gated_linear_attention", "causal_conv"):
+        shapes = [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
+                  (1, 200, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64), *shapes]
+    for dtype in KERNEL_DTYPES if on_gpu else (torch.float32, torch.float16):
+        for op in (*OPS, "causal_conv"):
             for shape in shapes:
                 for decay in (("static", "per token") if op == "causal_conv" else
                               ("strong", "mild", "none") if on_gpu else ("strong", "mild")):
-                    for name, errors in _check_case(op, shape, decay, dtype, device).items():
-                        worst.setdefault((op, dtype, name), []).append(errors)
-                        cases += 1
-    print(f"{'op':24}{'inputs':10}{'tensor':12}{'rms error':>10}{'tolerance':>11}{'max error':>11}")
-    failures = 0
-    for (op, dtype, name), errors in worst.items():
+                    yield op, dtype, shape, decay
+
+
+def check(device, only=lambda op, dtype: True):
+    """Every op against its loop in fp64: a line per case, its name before it runs, so that a crash
+    names it, and then the tensor nearest its tolerance. Returns how many tensors were checked and
+    how many failed (NaN fails)."""
+    checked = failures = 0
+    for op, dtype, shape, decay in _check_cases(device):
+        if not only(op, dtype):
+            continue
+        print(f"{op:24}{str(dtype)[6:]:10}{str(list(shape)):22}{decay:10}", end="", flush=True)
         default, special = TOLERANCES[dtype]
-        tolerance = special.get(name, default)
-        rms, largest = (max(x, key=lambda e: (e != e, e)) for x in zip(*errors))   # NaN is largest
-        failed = not rms <= tolerance
-        failures += failed
-        print(f"{op:24}{str(dtype)[6:]:10}{name:12}{rms:10.1e}{tolerance:11.0e}{largest:11.1e}"
-              + ("  FAILED" if failed else ""))
-    return cases, failures
+        rows = []
+        for name, (rms, largest) in _check_case(op, shape, decay, dtype, device).items():
+            tolerance = special.get(name, default)
+            share = rms / tolerance if rms == rms else float("inf")
+            rows.append((share, f"{name}: rms error {rms:.1e} of {tolerance:.0e}, "
+                                f"max error {largest:.1e}"))
+        failed = [line for share, line in rows if share > 1]
+        print("FAILED " + "; ".join(failed) if failed else max(rows)[1], flush=True)
+        checked, failures = checked + len(rows), failures + len(failed)
+    return checked, failures
 
 
 # -----------------------------------------------------------------------------
@@ -1466,7 +1494,6 @@ def compile_all(archs):
 # -----------------------------------------------------------------------------
 # python kernels.py on a GPU: the benchmark
 
-OPS = ("gated_delta_rule", "gated_linear_attention")
 GOALS = ((4, 2048, 16, 128), (8, 1024, 8, 64), (2, 16384, 16, 128), (1, 8192, 96, 128))  # B T H K=V
 
 
@@ -1489,22 +1516,15 @@ def cost(op, B, T, H, K, V, backward=False):
     return tokens * memory, tokens * flops
 
 
-def _turns(functions, bench):
-    """{name: [median, p20, p80] in ms}. The functions take turns, three times, so that a card that
-    warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
-    rounds = {name: [] for name in functions}
-    for _ in range(3):
-        for name, function in functions.items():
-            try:
-                times = bench(function, quantiles=(0.5, 0.2, 0.8))
-            except Exception as error:              # another's failure must not end a long run
-                if name == "ours" and not isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                print(f"{name}: {type(error).__name__}", file=sys.stderr)
-                torch.cuda.empty_cache()
-                times = [float("nan")] * 3
-            rounds[name].append(times)
-    return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+def measured_limits():
+    """What this card reaches: GB/s of a large copy, read and write, and TFLOP/s of a large product
+    in bf16."""
+    from triton.testing import do_bench
+    x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    y, a = torch.empty_like(x), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = do_bench(lambda: y.copy_(x), return_mode="median")
+    product = do_bench(lambda: a @ a, return_mode="median")
+    return dict(gb_s=2 * x.numel() / copy / 1e6, tflop_s=2 * 8192 ** 3 / product / 1e9)
 
 
 def _fla(op):
@@ -1525,24 +1545,8 @@ def _fla(op):
     return lambda *x: chunk(*x, output_final_state=True)[0], step
 
 
-def _providers(op, with_torch):
-    """{name: function of the op's inputs that returns o}: ours, fla's if installed, the torch form,
-    and the softmax attention that the op stands in for."""
-    def attention(q, k, v, *gates):
-        return F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
-
-    ours, fla = globals()[op], _fla(op)
-    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
-    if fla:
-        providers["fla"] = fla[0]
-    if with_torch:
-        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
-    return providers | {"sdpa": attention}
-
-
-def _bench_inputs(op, B, T, H, K, V):
-    inputs = _random_inputs(op, B, T, H, K, V, "mild", torch.bfloat16, "cuda")
+def _bench_inputs(op, *shape):
+    inputs = _random_inputs(op, *shape, "mild", torch.bfloat16, "cuda")
     inputs.pop("state")
     return [x.requires_grad_() for x in inputs.values()]
 
@@ -1553,125 +1557,134 @@ def _both_ways(function, inputs):
     return lambda: torch.autograd.grad(function(*inputs), inputs, do, allow_unused=True)
 
 
-def _peak_memory(function):
+def op_calls(op, shape, backward, with_torch=False):
+    """{name: call} of an op: ours, fla's if installed, the torch form, and the softmax attention
+    that the op stands in for."""
+    def attention(q, k, v, *gates):
+        return F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    ours, fla, inputs = globals()[op], _fla(op), _bench_inputs(op, *shape)
+    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
+    if fla:
+        providers["fla"] = fla[0]
+    if with_torch:
+        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
+    providers["sdpa"] = attention
+    if backward:
+        return {name: _both_ways(function, inputs) for name, function in providers.items()}
+    inputs = [x.detach() for x in inputs]
+    return {name: functools.partial(function, *inputs) for name, function in providers.items()}
+
+
+def decode_calls(op, B, T, H, K, V):
+    """{name: call} of one token: our step, fla's, and attention with a cache of T tokens. The steps
+    go round eight states, more than fits the L2 cache, as between the steps of a model."""
+    inputs = _random_inputs(op, B, 1, H, K, V, "mild", torch.bfloat16, "cuda")
+    inputs.pop("state")
+    x, fla = [*inputs.values()] + [None] * (len(inputs) == 4), _fla(op)     # GLA has no beta
+    states = itertools.cycle(torch.randn(8, B, H, K, V, device="cuda"))
+    query = x[0].transpose(1, 2)
+    keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
+    calls = {"ours": lambda: recurrent_step(*x, next(states), inplace=True, backend="triton"),
+             "sdpa": lambda: F.scaled_dot_product_attention(query, keys, values)}
+    return calls | ({"fla": lambda: fla[1](*x, next(states))} if fla else {})
+
+
+def jet_calls(shape):
+    """{name: call} of JetBlock's two ops, forwards and backwards: ours, and what was published: a
+    convolution with a kernel per token, SiLU as an op of its own, fla's delta rule. Their
+    convolution is not part of fla; ours and torch's stand in for it."""
+    (B, T, H, _, V), fla, inputs = shape, _fla(OPS[0]), _bench_inputs(OPS[0], *shape)
+    inputs.append(torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16,
+                              requires_grad=True))
+
+    def layer(rule, backend, fused_silu):
+        def run(q, k, v, g, beta, kernel):
+            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None, backend)
+            return rule(q, k, (v if fused_silu else F.silu(v)).unflatten(2, (H, V)), g, beta)
+        return _both_ways(run, inputs)
+
+    calls = {"ours": layer(lambda *x: gated_delta_rule(*x, backend="triton")[0], "triton", True)}
+    if fla:
+        calls["published, our conv"] = layer(fla[0], "triton", False)
+        calls["published, torch conv"] = layer(fla[0], "torch", False)
+    return calls
+
+
+def _turns(calls, timer):
+    """{name: [median, p20, p80] in ms}. The calls take turns, three times, so that a card that
+    warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
+    rounds = {name: [] for name in calls}
+    for _ in range(3):
+        for name, call in calls.items():
+            try:
+                times = timer(call, quantiles=(0.5, 0.2, 0.8))
+            except Exception as error:              # another's failure must not end a long run
+                if name == "ours" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                torch.cuda.empty_cache()
+                times = [float("nan")] * 3
+            rounds[name].append(times)
+    return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+
+
+def _peak_mb(call):
     """Megabytes that a call adds at its worst moment."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    function()
+    call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
-def bench_op(section, op, shape, with_torch, limits):
-    """Rows of one op at one shape, both directions, printed as they come."""
-    from triton.testing import do_bench
-    inputs, rows = _bench_inputs(op, *shape), []
-    providers = _providers(op, with_torch)
+def bench(labels, shape, calls, limits, size=None, flops=None, graphs=False):
+    """A row per call, {**labels, shape, "ms", ...}, printed on one line. `size` and `flops` are
+    ours by formula. With `graphs` each call is replayed from a CUDA graph, because a launch from
+    Python would take longer than a small kernel."""
+    from triton import testing
+    times = _turns(calls, testing.do_bench_cudagraph if graphs else testing.do_bench)
+    rows = [dict(**labels, provider=name, **dict(zip("BTHKV", shape)), ms=ms, p20=p20, p80=p80)
+            for name, (ms, p20, p80) in times.items()]
+    line = []
+    for row in rows:
+        name, ms = row["provider"], row["ms"]
+        if ms == ms and not graphs:                                         # not NaN
+            row["peak_mb"] = _peak_mb(calls[name])
+        line.append(f"{name} {ms:.4g} [{row['p20']:.4g}-{row['p80']:.4g}]")
+        if name == "ours":
+            row |= dict(of_copy=size and size / ms / 1e6 / limits["gb_s"],
+                        of_matrix=flops and flops / ms / 1e9 / limits["tflop_s"],
+                        of_fla=ms / times["fla"][0] if "fla" in times else None)
+            line += [f"({row[key]:.2f} {text})" for key, text in (
+                ("of_copy", "of copy"), ("of_matrix", "of matmul"), ("of_fla", "of fla's time"))
+                if row[key] is not None]
+    print(*labels.values(), list(shape), "; ".join(line), flush=True)
+    return rows
 
-    def forward(function):
-        with torch.no_grad():
-            return function(*inputs)
 
+def bench_op(section, op, shape, limits, with_torch=False):
+    rows = []
     for direction in ("forward", "forward+backward"):
         backward = direction != "forward"
-        calls = {name: _both_ways(f, inputs) if backward else lambda f=f: forward(f)
-                 for name, f in providers.items()}
-        times = _turns(calls, do_bench)
-        peaks = {name: _peak_memory(calls[name]) for name in ("ours", "fla")
-                 if name in times and times[name][0] == times[name][0]}     # not NaN
-        size, flops = cost(op, *shape, backward=backward)
-        ours = times["ours"][0]
-        of_copy = size / ours / 1e6 / limits["gb_s"]
-        of_matrix = flops / ours / 1e9 / limits["tflop_s"]
-        for name, (median, p20, p80) in times.items():
-            row = dict(section=section, op=op, direction=direction, provider=name,
-                       **dict(zip("BTHKV", shape)), ms=median, p20=p20, p80=p80)
-            row |= dict(peak_mb=peaks[name]) if name in peaks else {}
-            row |= dict(bytes=size, flops=flops, of_copy=of_copy,
-                        of_matrix=of_matrix) if name == "ours" else {}
-            rows.append(row)
-        print(f"{op:23}{str(list(shape)):24}{direction:17} "
-              + "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
-                          for name, (x, low, high) in times.items())
-              + f"  {of_copy:.0%} of copy, {of_matrix:.0%} of matmul, "
-              + ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())
-              + (f", {ours / times['fla'][0]:.2f} of fla's time" if "fla" in times else ""),
-              flush=True)
+        rows += bench(dict(section=section, op=op, direction=direction), shape,
+                      op_calls(op, shape, backward, with_torch), limits,
+                      *cost(op, *shape, backward=backward))
     return rows
 
 
-def bench_decode(T, limits):
-    """One token: our step, fla's, and attention with a cache of T tokens; as CUDA graphs, because
-    at this size a launch from Python takes longer than the kernel. The steps go round eight states,
-    more than fits the L2 cache, as between the steps of a model. Attention has one cache."""
-    from itertools import cycle
-    from triton.testing import do_bench_cudagraph
-    B, H, K, rows = 8, 16, 128, []
-    for op in OPS:
-        inputs = _random_inputs(op, B, 1, H, K, K, "mild", torch.bfloat16, "cuda")
-        q, k, v, g = (inputs[name] for name in ("q", "k", "v", "g"))
-        beta, states = inputs.get("beta"), cycle([inputs["state"].clone() for _ in range(8)])
-        keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
-        fla, inputs = _fla(op), (q, k, v, g, beta)
-        calls = {"ours": lambda: recurrent_step(*inputs, next(states), inplace=True,
-                                                backend="triton"),
-                 "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
-        if fla:
-            calls["fla"] = lambda: fla[1](*inputs, next(states))
-        with torch.no_grad():
-            times = _turns(calls, do_bench_cudagraph)
-        size = 8 * B * H * K * K                    # the state, fp32, read and written
-        of_copy = size / times["ours"][0] / 1e6 / limits["gb_s"]
-        print(f"{op:23}cache {T:6}  "
-              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items())
-              + f"  {of_copy:.0%} of copy", flush=True)
-        rows += [dict(section="decode", op=op, direction="step", provider=name, B=B, T=T, H=H, K=K,
-                      V=K, ms=x[0], p20=x[1], p80=x[2],
-                      **dict(bytes=size, of_copy=of_copy) if name == "ours" else {})
-                 for name, x in times.items()]
-    return rows
+def bench_decode(op, T, limits, B=8, H=16, K=128):
+    return bench(dict(section="decode", op=op, direction="step"), (B, T, H, K, K),
+                 decode_calls(op, B, T, H, K, K), limits,
+                 size=8 * B * H * K * K, graphs=True)       # the fp32 state, read and written
 
 
-def bench_jet():
-    """JetBlock's two ops, forwards and backwards, at the shape of Jet-Nemotron-2B: ours, and what
-    was published: a convolution with a kernel per token, SiLU as an op of its own, fla's delta
-    rule. Their convolution is not part of fla; ours and torch's stand in for it."""
-    from triton.testing import do_bench
-    B, T, H, K, V = shape = 4, 2048, 12, 96, 256
-    inputs = _bench_inputs(OPS[0], *shape)
-    kernel = torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    def layer(rule, conv_backend, fused_silu):
-        def run(q, k, v, g, beta, kernel):
-            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None,
-                               conv_backend)
-            v = (v if fused_silu else F.silu(v)).unflatten(2, (H, V))
-            return rule(q, k, v, g, beta)
-        return run
-
-    rules = _providers(OPS[0], with_torch=False)
-    calls = {"ours": layer(rules["ours"], "triton", True)}
-    if "fla" in rules:
-        calls["published, our conv"] = layer(rules["fla"], "triton", False)
-        calls["published, torch conv"] = layer(rules["fla"], "torch", False)
-    times = _turns({name: _both_ways(f, [*inputs, kernel]) for name, f in calls.items()}, do_bench)
-    print("jet, conv and rule     "
-          + "  ".join(f"{name} {x[0]:.3f} ms" for name, x in times.items()), flush=True)
-    return [dict(section="jet", op="conv+rule", direction="forward+backward", provider=name,
-                 **dict(zip("BTHKV", shape)), ms=x[0], p20=x[1], p80=x[2])
-            for name, x in times.items()]
-
-
-def measured_limits():
-    """What this card reaches: GB/s of a large copy, read and write, and TFLOP/s of a large product
-    in bf16."""
-    from triton.testing import do_bench
-    x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
-    y, a = torch.empty_like(x), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    copy = do_bench(lambda: y.copy_(x), return_mode="median")
-    product = do_bench(lambda: a @ a, return_mode="median")
-    return dict(gb_s=2 * x.numel() / copy / 1e6, tflop_s=2 * 8192 ** 3 / product / 1e9)
+def bench_jet(limits, shape=(4, 2048, 12, 96, 256)):
+    """At the shape of Jet-Nemotron-2B."""
+    return bench(dict(section="jet", op="conv+rule", direction="forward+backward"), shape,
+                 jet_calls(shape), limits)
 
 
 def benchmark():
@@ -1681,14 +1694,15 @@ def benchmark():
           f"TFLOP/s in bf16; times in ms, median [p20-p80]\n{cost.__doc__}")
     for op in OPS:
         for B, T, H, D in GOALS:
-            rows += bench_op("goal", op, (B, T, H, D, D), False, limits)
+            rows += bench_op("goal", op, (B, T, H, D, D), limits)
+        for T in (512, 4096, 32768, 65536):
+            rows += bench_decode(op, T, limits)
+    rows += bench_jet(limits)
+    for op in OPS:
         for D in (64, 128):
             for T in (2 ** i for i in range(9, 17)):
-                shape = (max(1, 16384 // T), T, 16, D, D)
-                rows += bench_op("sweep", op, shape, True, limits)
-    for T in (512, 4096, 32768, 65536):
-        rows += bench_decode(T, limits)
-    return limits, rows + bench_jet()
+                rows += bench_op("sweep", op, (max(1, 16384 // T), T, 16, D, D), limits, True)
+    return limits, rows
 
 
 def _plot(rows, path):
@@ -1727,10 +1741,15 @@ def header(device):
                 triton=triton.__version__, commit=said("git", "rev-parse", "--short", "HEAD"))
     if device == "cuda":
         from triton.backends.nvidia.compiler import get_ptxas
+        chip = _capability(torch.device("cuda"))
         info |= dict(device=torch.cuda.get_device_name(),
                      driver=said("nvidia-smi", "--query-gpu=driver_version",
-                                 "--format=csv,noheader"),
-                     ptxas=get_ptxas(10 * _capability(torch.device("cuda"))).version)
+                                 "--format=csv,noheader"), ptxas=get_ptxas(10 * chip).version)
+        if chip == 9 and tuple(map(int, info["ptxas"].split(".")[:2])) < (13, 1):
+            print(f"Warning: ptxas {info['ptxas']}, which Triton runs, has compiled matrix products "
+                  "of others' kernels wrongly for Hopper; 13.1 does not. To use the one in Triton's "
+                  "package set TRITON_PTXAS_PATH to its backends/nvidia/bin/ptxas-blackwell.",
+                  file=sys.stderr)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 
@@ -1775,8 +1794,15 @@ Exit code 1 if a check fails, before anything is timed. The last line is one JSO
     return args
 
 
-def main():
+def write_csv(rows, path):
     import csv
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main():
     import json
     args = parse_args()
     if args.compile:
@@ -1791,17 +1817,14 @@ def main():
     if device == "cpu":
         print("No GPU here: the kernels are checked, nothing is timed.")
     elif not result["failures"]:
-        result["limits"], result["rows"] = benchmark()
+        result["limits"], rows = benchmark()
+        result["of_fla"] = {f"{row['op']} {row['direction']} {[row[x] for x in 'BTHKV']}":
+                            row["of_fla"] for row in rows if row.get("of_fla") is not None}
         if args.csv:
-            columns = dict.fromkeys(name for row in result["rows"] for name in row)
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(columns))
-                writer.writeheader()
-                writer.writerows(result["rows"])
+            write_csv(rows, args.csv)
         if args.plot:
-            _plot(result["rows"], args.plot)
-    # NaN, where a provider ran out of memory, is not JSON
-    print(json.dumps(result).replace("NaN", "null"))
+            _plot(rows, args.plot)
+    print(json.dumps(result))
     sys.exit(result["failures"] > 0)
 
 

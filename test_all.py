@@ -492,6 +492,24 @@ def test_backends_are_refused_or_left_alone(monkeypatch):
     in_interpreter("check_backend_refusals()")
 
 
+def test_torch_compile_breaks_once_per_op():
+    """Traced, one op would become many small graphs, each compiled anew for every length."""
+    weight = torch.randn(32, 32, requires_grad=True)
+
+    def layer(x):
+        q = F.normalize((x @ weight).view(1, 40, 2, 16), dim=-1)
+        o, _ = kernels.gated_delta_rule(q, q, q, -q[..., 0].sigmoid(), q[..., 1].sigmoid())
+        o, _ = kernels.gated_linear_attention(q, q, o, -q.sigmoid())
+        y, _ = kernels.causal_conv(o.flatten(2), torch.ones(4, 32), None, "silu")
+        return (y @ weight).sum()
+
+    x = torch.randn(1, 40, 32)
+    assert torch._dynamo.explain(layer)(x).graph_break_count == 3
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(layer(x), weight),
+                               torch.autograd.grad(compiled(x), weight))
+
+
 def check_without_triton():
     """Everything but the kernels; called where `import triton` fails."""
     assert kernels.triton is None
@@ -536,6 +554,16 @@ def test_kernels_script_fails_on_a_wrong_kernel(tmp_path):
     run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
     assert run.returncode == 1 and "FAILED" in run.stdout
     assert json.loads(run.stdout.splitlines()[-1])["failures"] > 0
+
+
+def test_kernels_script_sees_what_no_kernel_writes(tmp_path):
+    """Unwritten memory often holds the last call's right answer, so the check fills it with NaN."""
+    source, broken = (ROOT / "kernels.py").read_text(), tmp_path / "kernels.py"
+    line = "    _store(end + bh * K * V, state, keys, cols, V, K, V)\n"
+    assert source.count(line) == 2                                      # of _scan and of _step
+    broken.write_text(source.replace(line, "", 1))
+    run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
+    assert run.returncode == 1 and "FAILED state: rms error nan" in run.stdout
 
 
 def test_kernels_compile_without_spills_for_a100_and_h100():
