@@ -1235,13 +1235,26 @@ def test_eos_written_as_characters_ends_a_text(lab):
 
 
 def test_the_head_may_lie_on_another_device():
-    """With --device auto the hidden states reach the LM head on the last GPU, not on the first."""
-    model, scored = random_model(FAMILIES["llama"]()), torch.tensor([[True, False], [True, True]])
-    hidden = torch.randn(2, 2, 32)
-    with evaluation.head_only_at(model, scored):
-        assert torch.equal(model.lm_head(hidden), F.linear(hidden[scored], model.lm_head.weight))
-        logits = model.lm_head.to("meta")(hidden.to("meta"))
-    assert logits.shape == (3, 64) and logits.is_meta
+    """With --device auto the hidden states reach the LM head on the last GPU, the ids the first."""
+    hidden, scored = torch.randn(2, 2, 32), torch.tensor([[True, False], [True, True]])
+
+    class Spread(torch.nn.Module):
+        device = torch.device("meta")
+
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(32, 64)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, ids, **kwargs):
+            assert ids.is_meta
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+    model = Spread()
+    found = evaluation.read(model, torch.zeros(2, 2, dtype=torch.long), scored)
+    assert torch.equal(found, model.lm_head(hidden[scored]).log_softmax(-1))
 
 
 def test_forks_send_their_rows_to_the_device_once():
@@ -1254,14 +1267,13 @@ def test_forks_send_their_rows_to_the_device_once():
             self.count += str(kwargs.get("device")) == "meta"
             return func(*args, **kwargs)
 
-    cache = transformers.DynamicCache()
+    cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
     for layer in range(3):
         cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
     with Sent() as sent:
-        fork, mask, _ = evaluation.forked(cache, torch.ones(2, 40).bool(), torch.tensor([0, 0, 1]),
-                                          3, True, "meta")
-    assert sent.count == 1 and mask.shape == (3, 48)
-    assert all(layer.keys.shape == (3, 4, 45, 8) and layer.keys.is_meta for layer in fork.layers)
+        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+    assert sent.count == 1 and mask.shape == (3, 32)
+    assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
 
 
 def test_stop_strings_are_found_in_the_last_tokens():
