@@ -1262,6 +1262,72 @@ def test_eos_written_as_characters_ends_a_text(lab):
         assert short == text.split(split.tokenizer.eos_token)[0]
 
 
+def test_the_head_may_lie_on_another_device():
+    """With --device auto the hidden states reach the LM head on the last GPU, the ids the first."""
+    hidden, scored = torch.randn(2, 2, 32), torch.tensor([[True, False], [True, True]])
+
+    class Spread(torch.nn.Module):
+        device = torch.device("meta")
+
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(32, 64)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, ids, **kwargs):
+            assert ids.is_meta
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+    model = Spread()
+    found = evaluation.read(model, torch.zeros(2, 2, dtype=torch.long), scored)
+    assert torch.equal(found, model.lm_head(hidden[scored]).log_softmax(-1))
+
+
+def test_forks_send_their_rows_to_the_device_once():
+    """Two copies per layer, each of which waits for the GPU, without."""
+    class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            self.count += str(kwargs.get("device")) == "meta"
+            return func(*args, **kwargs)
+
+    cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
+    for layer in range(3):
+        cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
+    with Sent() as sent:
+        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+    assert sent.count == 1 and mask.shape == (3, 32)
+    assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
+
+
+def test_stop_strings_are_found_in_the_last_tokens():
+    """Every step looks at no more than can complete a stop string: the cost of a text grows with
+    its length, not with the square of it."""
+    class Bytes:                        # 0 is a special token, the others are bytes
+        longest = 0
+
+        def batch_decode(self, rows, skip_special_tokens):
+            self.longest = max(self.longest, *map(len, rows))
+            return [bytes(filter(None, row)).decode(errors="replace") for row in rows]
+
+    tokenizer, stops = Bytes(), [["né", "q"], ["\n\n"], []]
+    stop = evaluation.StopOnText(tokenizer, stops, 2)
+    texts = [list(("x" * 60 + text).encode()) for text in ("n\0é~", "\n~\n\n", "né~~~~")]
+    width = min(map(len, texts))
+    ids = torch.tensor([[113, 113] + text[:width] for text in texts])
+    for n in range(1, width + 1):
+        whole = tokenizer.batch_decode(ids[:, 2: 2 + n].tolist(), True)
+        tokenizer.longest = 0
+        done = stop(ids[:, : 2 + n], None).tolist()
+        assert done == [any(s in text for s in some) for text, some in zip(whole, stops)]
+        assert tokenizer.longest <= 11
+    assert done == [True, True, False]
+
+
 def test_scores_that_are_not_finite_stop(lab):
     model, split = prepared(lab, "val")
     mixers = distill.make_mixers(model, "gdn", [2], "inherit", 0)
