@@ -1011,6 +1011,41 @@ def test_closed_form_start_is_the_best_o_proj(lab):
         assert distill.held_out_error(model, moved, chunks, 8)[1]["mse"] > solved
 
 
+def test_closed_form_start_needs_no_fp64_products(lab):
+    """GPUs for games multiply in fp64 at 1/64 of their speed: the products are fp32, never rounded
+    to TF32 whatever the host program has set, and as good as fp64's."""
+    model, _ = load_lab_model(lab)
+    mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
+    batches, pairs, seen = [tokens(8, 32, seed=s) for s in range(4)], [], []
+    outputs, features = mixers[1].o_proj.weight.shape
+
+    def keep(layer, hidden_states, target):
+        pairs.append((mixers[1].head_outputs(hidden_states).flatten(0, 1).double(),
+                      target.flatten(0, 1).double()))
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and out.shape == (features, features + outputs):
+                seen.append((out.dtype, torch.get_float32_matmul_precision()))
+            return out
+
+    for batch in batches:
+        distill.teacher_forward(model, batch, [1], keep)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products():
+            distill.closed_form_start(model, mixers, batches)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [(torch.float32, "highest")] * 32                            # one a sequence
+    x, y = map(torch.cat, zip(*pairs))
+    ridge = 1e-4 * (x.T @ x).diagonal().mean() * torch.eye(features)
+    expected = torch.linalg.solve(x.T @ x + ridge, x.T @ y).T
+    assert relative(mixers[1].o_proj.weight, expected) < 1e-4
+
+
 def test_schedule_and_clip_are_per_layer(lab):
     """Warm-up, peak and floor as stated; a layer with a huge loss does not touch another's step."""
     assert distill.learning_rate(0, 1000, 1.0) == pytest.approx(1 / 50)
@@ -2716,6 +2751,30 @@ def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_stops_with_layer_and_step(lab, tmp_path, monkeypatch, capsys):
     code, _, err = call(distill_command(lab, tmp_path / "out", lr=1e30), monkeypatch, capsys)
     assert code == 1 and re.search(r"layer \d is not finite at step \d", err), err
+
+
+def test_no_checkpoint_holds_weights_that_are_not_finite(lab, tmp_path, monkeypatch, capsys):
+    """A loss can be finite and its gradient not; losses are looked at every few steps only. Either
+    way the layer and the step are named, and what was saved before is whole."""
+    train_step, tmp_path = distill.train_step, tmp_path / "out"
+    for what, message in (("loss", "the loss of layer 2 is not finite at step 7"),
+                          ("weights", "the weights of layer 2 are not finite after step 7")):
+        calls = itertools.count()
+
+        def broken(model, mixers, optimizers, *args):
+            losses = train_step(model, mixers, optimizers, *args)
+            if next(calls) == 7:         # a checkpoint follows
+                losses[2] = losses[2] * (torch.nan if what == "loss" else 1)
+                mixers[2].v_proj.weight.data[0] *= torch.nan
+            return losses
+
+        monkeypatch.setattr(distill, "train_step", broken)
+        monkeypatch.setattr(distill, "CHECKPOINTS", 4)
+        out = tmp_path.with_name(what)
+        code, _, err = call(distill_command(lab, out), monkeypatch, capsys)
+        assert code == 1 and message in err, err
+        saved, = out.glob("checkpoint-*.safetensors")
+        assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
 # ------------------------------------------------------------------------------------------------
