@@ -641,53 +641,99 @@ def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: t
 
 
 @_jit
-def _channel_decay(x):
-    """GLA: G and its last row, by channel, in units of 2^-18, in int32, which holds 64 times -120:
-    fp32 would lose weak decays behind strong ones. Rows past the sequence's end decay nothing."""
-    whole, part = _cumulative_decay(x)
-    G = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
-    last = tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1
-    return G, tl.sum(tl.where(last, G, 0), 0)
+def _halves_first(C: tl.constexpr):
+    """GLA's order of a chunk's rows: the first 8 of every block of 16 rows, then the last 8. A tile
+    of BK = 32 channels then gives each of four warps a block, and sums over it stay in the warp."""
+    i = tl.arange(0, C)
+    return i // 8 % (C // 16) * 16 + i // (C // 2) * 8 + i % 8
 
 
 @_jit
-def _exp_fixed(G):
-    return tl.exp(G.to(tl.float32) * 2.0 ** -18)
+def _channel_decay(g):
+    """GLA: log2 of the decay, rows as _halves_first has them, from a block's middle to a row
+    [C,BK], from the block's start to its middle and from there to its end, both [C/16,BK]. 8 rows
+    of -5 lie on either side of the middle, so that exp(40) is the largest factor there is."""
+    # tl.maximum would take a NaN for the strongest decay
+    g = tl.maximum(g.to(tl.float32), -5.0, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
+    blocks: tl.constexpr = g.shape[0] // 16
+    halves = tl.reshape(g, [2, blocks, 8, g.shape[1]])
+    first = tl.arange(0, 2)[:, None, None] == 0
+    sums = tl.sum(halves, 2)                                                # [2,C/16,BK]
+    to_middle = tl.where(first, sums, 0.0)
+    G = tl.cumsum(halves, 2) - to_middle[:, :, None, :]
+    return tl.reshape(G, g.shape), tl.sum(to_middle, 0), tl.sum(tl.where(first, 0.0, sums), 0)
 
 
 @_jit
-def _level_decay(G, rows, level):
-    """GLA, at one level: exp of the log decay between each row and the border at which its block
-    is joined, for rows behind the border from it, for rows before it to it. Both are <= 1, and
-    their product is the decay between the two rows, however strong."""
-    border = (rows >> (level + 1) << (level + 1)) + (1 << level) - 1
-    return _exp_fixed(-tl.abs(G - tl.gather(G, tl.broadcast_to(border[:, None], G.shape), 0)))
+def _scaled(x, factor):
+    """x [C,BK] times the row of factor [C/16,BK] that belongs to its block."""
+    y = tl.reshape(x, [2, factor.shape[0], 8, x.shape[1]]) * factor[None, :, None, :]
+    return tl.reshape(y, x.shape)
+
+
+@_jit
+def _join(total, BLOCKS: tl.constexpr):
+    """Joins neighbours two by two: from log2 of the decay over each of them, [n,BK], the decay that
+    later queries and earlier keys gain, for each block of 16 rows [C/16,BK], and log2 of the decay
+    over pairs, [n/2,BK]."""
+    pairs: tl.constexpr = total.shape[0] // 2
+    BK: tl.constexpr = total.shape[1]
+    pair = tl.reshape(total, [pairs, 2, BK])
+    both = tl.sum(pair, 1)
+    other = tl.exp2(both[:, None, :] - pair)
+    late = tl.arange(0, 2)[None, :, None] == 1
+    for_q, for_k = tl.where(late, other, 1.0), tl.where(late, 1.0, other)
+    shape: tl.constexpr = [pairs, 2, BLOCKS // (2 * pairs), BK]
+    for_q = tl.reshape(tl.broadcast_to(for_q[:, :, None, :], shape), [BLOCKS, BK])
+    for_k = tl.reshape(tl.broadcast_to(for_k[:, :, None, :], shape), [BLOCKS, BK])
+    return for_q, for_k, both
+
+
+@_jit
+def _sums_to_end(x):
+    """Sums over a row of x [C,BK] and all later ones, rows as _halves_first has them."""
+    halves = tl.reshape(x, [2, x.shape[0] // 16, 8, x.shape[1]])
+    first = tl.arange(0, 2)[:, None, None] == 0
+    sums = tl.sum(halves, 2)                                                # [2,C/16,BK]
+    blocks = tl.sum(sums, 0)[None, :, :]
+    later = tl.sum(blocks, 1)[:, None, :] - tl.cumsum(blocks, 1)
+    later += tl.where(first, tl.sum(tl.where(first, 0.0, sums), 0)[None, :, :], 0.0)
+    return tl.reshape(tl.cumsum(halves, 2, reverse=True) + later[:, :, None, :], x.shape)
 
 
 @_jit
 def _gla_chunk(q, k, g, P, q_in, k_out, decays, T, H, K: tl.constexpr, BK: tl.constexpr,
-               C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+               C: tl.constexpr, PREC: tl.constexpr):
     """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts =
     K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay in P differs by channel, so it has to be
-    split into a factor for q and one for k. One product per level does that for all pairs joined
-    there; the diagonal has no decay."""
+    split into a factor for q and one for k: inside blocks of 16 rows at the middle row, and
+    between blocks, joined two by two, at the border, where both factors are <= 1."""
     chunk, left, token = _chunk(tl.program_id(0), T, H, C)
-    rows, stride, token = tl.arange(0, C), H * K, token * K
-    Pc, diagonal = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    rows, stride, token = _halves_first(C), H * K, token * K
+    P16 = tl.zeros([C, C], tl.float32)
+    P32, P64 = P16, P16
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
-        G, G_end = _channel_decay(_load(g + token, rows, cols, stride, left, K))
+        G, middle, total = _channel_decay(_load(g + token, rows, cols, stride, left, K))
         qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
         kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
-        _store(q_in + token, qc * _exp_fixed(G) * K ** -0.5, rows, cols, stride, left, K)
-        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - G), rows, cols, stride, left, K)
-        tl.store(decays + chunk * K + cols, _exp_fixed(G_end), mask=cols < K)
-        diagonal += tl.sum(qc * kc, 1)
-        for level in range(LEVELS):
-            decay = _level_decay(G, rows, level)
-            pairs = tl.dot(qc * decay, tl.trans(kc * decay), input_precision=PREC)
-            Pc += tl.where(_joined(rows, level), pairs, 0.0)
-    Pc = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], Pc)
+        qc, kc = qc * tl.exp2(G), kc * tl.exp2(-G)
+        P16 = tl.dot(qc, tl.trans(kc), P16, input_precision=PREC)
+        qc, kc, total = _scaled(qc, tl.exp2(middle)), _scaled(kc, tl.exp2(total)), middle + total
+        if C > 16:
+            P32 = tl.dot(qc, tl.trans(kc), P32, input_precision=PREC)
+            for_q, for_k, total = _join(total, C // 16)
+            qc, kc = _scaled(qc, for_q), _scaled(kc, for_k)
+        if C > 32:
+            P64 = tl.dot(qc, tl.trans(kc), P64, input_precision=PREC)
+            for_q, for_k, total = _join(total, C // 16)
+            qc, kc = _scaled(qc, for_q), _scaled(kc, for_k)
+        _store(q_in + token, qc * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out + token, kc, rows, cols, stride, left, K)
+        tl.store(decays + chunk * K + cols, tl.exp2(tl.sum(total, 0)), mask=cols < K)
+    t, s = rows[:, None], rows[None, :]
+    Pc = tl.where((t >> 4 == s >> 4) & (t >= s), P16, tl.where(_joined(rows, 4), P32, 0.0))
+    Pc = tl.where(_joined(rows, 5), P64, Pc)
     _store(P + chunk * C * C, Pc * K ** -0.5, rows, rows, C, C, C)
 
 
@@ -873,10 +919,9 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
 
 @_jit
 def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-                   PREC: tl.constexpr):
+                   BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
-    blocks, rows, stride = tl.cdiv(K, BK), tl.arange(0, C), H * K
+    blocks, rows, stride = tl.cdiv(K, BK), _halves_first(C), H * K
     chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     t, s = rows[:, None], rows[None, :]
@@ -895,23 +940,37 @@ def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: 
         dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
     qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
     kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
-    G, G_end = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
-    dP *= K ** -0.5
-    dqc *= _exp_fixed(G) * K ** -0.5
-    dk_out *= _exp_fixed(G_end[None, :] - G)
-    dkc = tl.zeros([C, BK], tl.float32)
-    for level in tl.range(LEVELS, disable_licm=True):       # masks kept across levels would spill
-        factor = _level_decay(G, rows, level)
-        pairs = tl.where(_joined(rows, level), dP, 0.0)
-        dqc += factor * tl.dot(pairs, kc * factor, input_precision=PREC)
-        dkc += factor * tl.dot(tl.trans(pairs), qc * factor, input_precision=PREC)
+    G, middle, total = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
+    from_middle, to_middle = tl.exp2(G), tl.exp2(-G)
+    for_q, for_k, total = tl.exp2(middle), tl.exp2(total), middle + total
+    dP, dkc = dP * K ** -0.5, tl.zeros([C, BK], tl.float32)
+    dqc *= K ** -0.5
+    # operands of the products: inside blocks of 16 rows, of 32, of 64
+    q16, k16, to_end = qc * from_middle, kc * to_middle, for_k              # to the chunk's end
+    if C > 16:
+        q32, k32 = _scaled(q16, for_q), _scaled(k16, for_k)
+        for_q32, for_k32, total = _join(total, C // 16)
+        to_end *= for_k32
+        if C > 32:
+            q64, k64 = _scaled(q32, for_q32), _scaled(k32, for_k32)
+            for_q64, for_k64, total = _join(total, C // 16)
+            to_end *= for_k64
+            pairs = tl.where(_joined(rows, 5), dP, 0.0)
+            dqc = tl.dot(pairs, k64, _scaled(dqc, for_q64), input_precision=PREC)
+            dkc = tl.dot(tl.trans(pairs), q64, dkc, input_precision=PREC)
+        pairs = tl.where(_joined(rows, 4), dP, 0.0)
+        dqc = tl.dot(pairs, k32, _scaled(dqc, for_q32), input_precision=PREC)
+        dkc = tl.dot(tl.trans(pairs), q32, _scaled(dkc, for_k32), input_precision=PREC)
+    pairs = tl.where((t >> 4 == s >> 4) & (t > s), dP, 0.0)
+    dqc = from_middle * tl.dot(pairs, k16, _scaled(dqc, for_q), input_precision=PREC)
+    dkc = to_middle * tl.dot(tl.trans(pairs), q16, _scaled(dkc, for_k), input_precision=PREC)
+    dk_out = to_middle * _scaled(dk_out, to_end)
     # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
-    dG, to_end = qc * dqc - kc * dkc, kc * dk_out
-    later = tl.cumsum(dG, 0, reverse=True)
-    later = tl.dot(tl.where(t > s, 1.0, 0.0), to_end, later, input_precision=PREC)
-    later += (_exp_fixed(G_end) * kept)[None, :]
+    out_sum = kc * dk_out
+    dgc = _sums_to_end(qc * dqc - kc * dkc - out_sum)
+    dgc += (tl.sum(out_sum, 0) + tl.exp2(tl.sum(total, 0)) * kept)[None, :]
     diagonal = tl.sum(tl.where(t == s, dP, 0.0), 1)[:, None]
-    _store(dg + token * K, later, rows, keys, stride, left, K)
+    _store(dg + token * K, dgc, rows, keys, stride, left, K)
     _store(dq + token * K, dqc + diagonal * kc, rows, keys, stride, left, K)
     _store(dk + token * K, dkc + dk_out + diagonal * qc, rows, keys, stride, left, K)
 
@@ -1101,22 +1160,24 @@ def _config(q, V, delta):
         # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
         # room for 32 columns. With fewer programs than processors, narrow ones are the faster.
         wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
-        chunk = (64, 4) if delta else (32, 8)
+        chunk = (64, 4) if delta else (32, 4)
         scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
         gradients = (64 if delta and min(KP, VP) > 64 else 32, 64, 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
-        chunk = (64, 4) if delta else (32, 8)
+        chunk = (64, 4) if delta else (32, 4)
         scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
         gradients = (32, 32, 8)
-    common, levels = dict(C=C, K=K, PREC=precision), dict(LEVELS=C.bit_length() - 1)
-    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
+    common = dict(C=C, K=K, PREC=precision)
+    chunk = common | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
+    if delta:
+        chunk["LEVELS"] = C.bit_length() - 1
     scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1],
                          num_stages=scan_stages)
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
                               num_warps=gradients[2], num_stages=stages)
-    return {"chunk": chunk, "scan": scan, "gradients": gradients | ({} if delta else levels)}
+    return {"chunk": chunk, "scan": scan, "gradients": gradients}
 
 
 class _Kernels(torch.autograd.Function):
