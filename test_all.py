@@ -493,6 +493,24 @@ def test_backends_are_refused_or_left_alone(monkeypatch):
     in_interpreter("check_backend_refusals()")
 
 
+def test_torch_compile_breaks_once_per_op():
+    """Traced, one op would become many small graphs, each compiled anew for every length."""
+    weight = torch.randn(32, 32, requires_grad=True)
+
+    def layer(x):
+        q = F.normalize((x @ weight).view(1, 40, 2, 16), dim=-1)
+        o, _ = kernels.gated_delta_rule(q, q, q, -q[..., 0].sigmoid(), q[..., 1].sigmoid())
+        o, _ = kernels.gated_linear_attention(q, q, o, -q.sigmoid())
+        y, _ = kernels.causal_conv(o.flatten(2), torch.ones(4, 32), None, "silu")
+        return (y @ weight).sum()
+
+    x = torch.randn(1, 40, 32)
+    assert torch._dynamo.explain(layer)(x).graph_break_count == 3
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(layer(x), weight),
+                               torch.autograd.grad(compiled(x), weight))
+
+
 def check_without_triton():
     """Everything but the kernels; called where `import triton` fails."""
     assert kernels.triton is None
@@ -537,6 +555,16 @@ def test_kernels_script_fails_on_a_wrong_kernel(tmp_path):
     run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
     assert run.returncode == 1 and "FAILED" in run.stdout
     assert json.loads(run.stdout.splitlines()[-1])["failures"] > 0
+
+
+def test_kernels_script_sees_what_no_kernel_writes(tmp_path):
+    """Unwritten memory often holds the last call's right answer, so the check fills it with NaN."""
+    source, broken = (ROOT / "kernels.py").read_text(), tmp_path / "kernels.py"
+    line = "    _store(end + bh * K * V, state, keys, cols, V, K, V)\n"
+    assert source.count(line) == 2                                      # of _scan and of _step
+    broken.write_text(source.replace(line, "", 1))
+    run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
+    assert run.returncode == 1 and "FAILED state: rms error nan" in run.stdout
 
 
 def test_kernels_compile_without_spills_for_a100_and_h100():
@@ -1307,6 +1335,72 @@ def test_eos_written_as_characters_ends_a_text(lab):
     assert cut.outputs != whole.outputs
     for (text,), (short,) in zip(whole.outputs, cut.outputs):
         assert short == text.split(split.tokenizer.eos_token)[0]
+
+
+def test_the_head_may_lie_on_another_device():
+    """With --device auto the hidden states reach the LM head on the last GPU, the ids the first."""
+    hidden, scored = torch.randn(2, 2, 32), torch.tensor([[True, False], [True, True]])
+
+    class Spread(torch.nn.Module):
+        device = torch.device("meta")
+
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(32, 64)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, ids, **kwargs):
+            assert ids.is_meta
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+    model = Spread()
+    found = evaluation.read(model, torch.zeros(2, 2, dtype=torch.long), scored)
+    assert torch.equal(found, model.lm_head(hidden[scored]).log_softmax(-1))
+
+
+def test_forks_send_their_rows_to_the_device_once():
+    """Two copies per layer, each of which waits for the GPU, without."""
+    class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            self.count += str(kwargs.get("device")) == "meta"
+            return func(*args, **kwargs)
+
+    cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
+    for layer in range(3):
+        cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
+    with Sent() as sent:
+        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+    assert sent.count == 1 and mask.shape == (3, 32)
+    assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
+
+
+def test_stop_strings_are_found_in_the_last_tokens():
+    """Every step looks at no more than can complete a stop string: the cost of a text grows with
+    its length, not with the square of it."""
+    class Bytes:                        # 0 is a special token, the others are bytes
+        longest = 0
+
+        def batch_decode(self, rows, skip_special_tokens):
+            self.longest = max(self.longest, *map(len, rows))
+            return [bytes(filter(None, row)).decode(errors="replace") for row in rows]
+
+    tokenizer, stops = Bytes(), [["né", "q"], ["\n\n"], []]
+    stop = evaluation.StopOnText(tokenizer, stops, 2)
+    texts = [list(("x" * 60 + text).encode()) for text in ("n\0é~", "\n~\n\n", "né~~~~")]
+    width = min(map(len, texts))
+    ids = torch.tensor([[113, 113] + text[:width] for text in texts])
+    for n in range(1, width + 1):
+        whole = tokenizer.batch_decode(ids[:, 2: 2 + n].tolist(), True)
+        tokenizer.longest = 0
+        done = stop(ids[:, : 2 + n], None).tolist()
+        assert done == [any(s in text for s in some) for text, some in zip(whole, stops)]
+        assert tokenizer.longest <= 11
+    assert done == [True, True, False]
 
 
 def test_scores_that_are_not_finite_stop(lab):
