@@ -38,7 +38,7 @@ from linear_attn import MIXERS
 PAPER_MIX = "nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,zjsd/RedStone-QA-oq@0.25"
 OPEN_STAND_IN = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
-BETAS, FINAL_LR, WARMUP, CLIP = (0.9, 0.95), 0.01, 50, 1.0
+BETAS, FINAL_LR, WARMUP, CLIP = (0.9, 0.95), 0.01, (5, 50), 1.0
 SOLVE_BATCHES, SOLVE_TOKENS = 8, 32     # a regression reads 8 batches, and 32 tokens a feature
 HELD_OUT = 32               # chunks
 FIRST_ROWS = 100            # of a stream: one of them must have text
@@ -223,7 +223,7 @@ def open_stream(name, config):
         known = ""
     raise UserError(f"the dataset {name}{':' + config if config else ''} cannot be opened "
                     f"({reason}){known}. If it is gated, accept its terms on the Hub and log in; "
-                    f"{OPEN_STAND_IN} is open; a local .jsonl, .parquet or .txt file works offline.")
+                    f"{OPEN_STAND_IN} is open; a local .jsonl or .txt file works offline.")
 
 
 def has_text(row, column):
@@ -234,7 +234,7 @@ def check_column(stream, name, column):
     first = list(itertools.islice(stream, FIRST_ROWS))
     if not any(has_text(row, column) for row in first):
         columns = ", ".join(first[0] if first else {})
-        raise UserError(f"{name} has no text in a column {column!r} of its first {len(first)} rows; "
+        raise UserError(f"{name} has no text in column {column!r} of its first {len(first)} rows; "
                         f"its columns: {columns}. Name one with --text-column.")
 
 
@@ -314,11 +314,12 @@ def unrounded_products():
 
 @torch.no_grad()
 def solve_o_proj(model, mixers, batches, share_batch=False):
-    """Set every module's o_proj to the ridge regression of the teacher's attention outputs on the
-    module's own head outputs, shrunk towards what it is: the output is linear in o_proj, so this
-    is the best o_proj for its present features. With `share_batch` every rank has a part of the
-    batches."""
-    normal = {}         # layer -> [X^T X | X^T R] summed over tokens, fp64 [F (+ 1), F (+ 1) + C]
+    """Solve every module's o_proj, a ridge regression of the teacher's attention outputs on the
+    module's own head outputs: its output is linear in o_proj, so this is the best for its present
+    features. Even and odd batches each propose a change, and so much of it is made as the others
+    confirm: a change that fits mere noise shrinks to nothing, so a solve does not harm a trained
+    o_proj. With `share_batch` every rank has a part of the batches."""
+    normal = {layer: [0, 0] for layer in mixers}    # [X^T X | X^T R] of even and of odd batches
 
     def visit(layer, hidden_states, target):
         o_proj = mixers[layer].o_proj
@@ -331,20 +332,25 @@ def solve_o_proj(model, mixers, batches, share_batch=False):
             # Many GPUs have hardly any fp64. Sums of one sequence are short enough for fp32, and
             # they are the same on any number of ranks.
             for x, xr in zip(features, torch.cat([features, rest], dim=-1)):
-                normal[layer] = normal.get(layer, 0) + (x.T @ xr).double()
+                normal[layer][half] = normal[layer][half] + (x.T @ xr).double()
 
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        half = i % 2
         teacher_forward(model, batch, list(mixers), visit)
-    for layer, products in normal.items():
+    for layer, halves in normal.items():
         if share_batch:
-            add_up(products)
-        gram, moment = products.split([products.shape[0], products.shape[1] - products.shape[0]], 1)
-        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        change = torch.linalg.solve(gram + ridge, moment).T.float()         # [C, F (+ 1)]
+            halves = [add_up(half) for half in halves]
+        halves = [half.tensor_split([len(half)], dim=1) for half in halves]
         o_proj = mixers[layer].o_proj
-        o_proj.weight += change[:, : o_proj.in_features]
-        if o_proj.bias is not None:
-            o_proj.bias += change[:, -1]
+        for (gram, moment), (test_gram, test_moment) in (halves, halves[::-1]):
+            ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+            change = torch.linalg.solve(gram + ridge, moment)                   # [F (+ 1), C]
+            best = (change * test_moment).sum() / (change * (test_gram @ change)).sum()
+            share = best.clamp(0, 1).nan_to_num()           # 0 / 0 where nothing is left to solve
+            change = (share / 2 * change).T.float()         # the mean of the two halves' changes
+            o_proj.weight += change[:, : o_proj.in_features]
+            if o_proj.bias is not None:
+                o_proj.bias += change[:, -1]
 
 
 def for_a_solve(stream, mixers, args):
@@ -384,8 +390,10 @@ def held_out_error(model, mixers, chunks, batch_size, share_batch=False):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, then a cosine from `peak` to FINAL_LR * peak."""
-    warmup = min(WARMUP, steps // 10)
+    """Linear warm-up over a tenth of the steps, but 5 to 50, since Adam's first steps move every
+    weight by the whole rate; then a cosine from `peak` to FINAL_LR * peak."""
+    least, most = WARMUP
+    warmup = min(most, max(least, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
     fraction = (step - warmup) / max(steps - warmup, 1)
@@ -686,8 +694,9 @@ def distill(model, corpus, args, out, layers):
             check_weights(kept, step)
             so_far["seconds"] = time.perf_counter() - began
             save_checkpoint(out, step + 1, kept, optimizers, so_far)
-    if args.init == "inherit":      # Adam's steps are coarse for what was solved; solved last, every
-        # layer gains whatever its features have gained, also in a short run
+    optimizers.clear()              # they are on disk, and the solve needs their memory
+    if args.init == "inherit":      # Adam's steps are coarse for o_proj: solved again, it is at its
+        # best for what the features have become, so a short run, too, ends better than it began
         solve_o_proj(model, mixers, for_a_solve(stream, mixers, args), share_batch)
     end = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size, share_batch))
     journal.write(event="held-out", step=steps, errors=end)
