@@ -588,8 +588,8 @@ def _pair_decay(whole, part, rows):
 def _joined(rows, level):
     """Where row t and column s, s < t, sit in neighbouring blocks of 2^level rows that the next
     level joins into one. Every pair s < t is joined at exactly one level."""
-    t, s = rows[:, None], rows[None, :]
-    return (((t >> level) ^ (s >> level)) == 1) & (t > s)
+    block = rows >> level
+    return block[:, None] == tl.where(block & 1 == 0, block + 1, -1)[None, :]
 
 
 @_jit
@@ -687,18 +687,6 @@ def _join(total, BLOCKS: tl.constexpr):
     for_q = tl.reshape(tl.broadcast_to(for_q[:, :, None, :], shape), [BLOCKS, BK])
     for_k = tl.reshape(tl.broadcast_to(for_k[:, :, None, :], shape), [BLOCKS, BK])
     return for_q, for_k, both
-
-
-@_jit
-def _sums_to_end(x):
-    """Sums over a row of x [C,BK] and all later ones, rows as _halves_first has them."""
-    halves = tl.reshape(x, [2, x.shape[0] // 16, 8, x.shape[1]])
-    first = tl.arange(0, 2)[:, None, None] == 0
-    sums = tl.sum(halves, 2)                                                # [2,C/16,BK]
-    blocks = tl.sum(sums, 0)[None, :, :]
-    later = tl.sum(blocks, 1)[:, None, :] - tl.cumsum(blocks, 1)
-    later += tl.where(first, tl.sum(tl.where(first, 0.0, sums), 0)[None, :, :], 0.0)
-    return tl.reshape(tl.cumsum(halves, 2, reverse=True) + later[:, :, None, :], x.shape)
 
 
 @_jit
@@ -918,61 +906,71 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
 
 
 @_jit
-def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
+def _gla_gradients(q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
     blocks, rows, stride = tl.cdiv(K, BK), _halves_first(C), H * K
     chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     t, s = rows[:, None], rows[None, :]
-    S, dS = S + chunk * K * V, dS + chunk * K * V
-    dP, kept = tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
-    dqc, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    v, do, S, dS = v + token * V, do + token * V, S + chunk * K * V, dS + chunk * K * V
+    operand = tl.bfloat16 if q.dtype.element_ty == tl.bfloat16 else tl.float32
+    dP = tl.zeros([C, C], tl.float32)
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
-        S0 = _load(S, keys, cols, V, K, V)                         # [BK,BV]
-        dS1 = _load(dS, keys, cols, V, K, V)
-        kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)           # <dS, S> per channel
-        doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
-        vc = _load(v + token * V, rows, cols, H * V, left, V)
+        doc = _load(do, rows, cols, H * V, left, V)                         # [C,BV]
+        vc = _load(v, rows, cols, H * V, left, V)
         dP = tl.dot(doc, tl.trans(vc), dP, input_precision=PREC)
-        dqc = tl.dot(doc, tl.trans(S0), dqc, input_precision=PREC)
-        dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
-    qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
-    kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
+    dP = (dP * K ** -0.5).to(operand)
+    qc = _load(q + token * K, rows, keys, stride, left, K)                  # [C,BK]
+    kc = _load(k + token * K, rows, keys, stride, left, K)
     G, middle, total = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
     from_middle, to_middle = tl.exp2(G), tl.exp2(-G)
-    for_q, for_k, total = tl.exp2(middle), tl.exp2(total), middle + total
-    dP, dkc = dP * K ** -0.5, tl.zeros([C, BK], tl.float32)
-    dqc *= K ** -0.5
-    # operands of the products: inside blocks of 16 rows, of 32, of 64
-    q16, k16, to_end = qc * from_middle, kc * to_middle, for_k              # to the chunk's end
-    if C > 16:
-        q32, k32 = _scaled(q16, for_q), _scaled(k16, for_k)
-        for_q32, for_k32, total = _join(total, C // 16)
-        to_end *= for_k32
-        if C > 32:
-            q64, k64 = _scaled(q32, for_q32), _scaled(k32, for_k32)
-            for_q64, for_k64, total = _join(total, C // 16)
-            to_end *= for_k64
-            pairs = tl.where(_joined(rows, 5), dP, 0.0)
-            dqc = tl.dot(pairs, k64, _scaled(dqc, for_q64), input_precision=PREC)
-            dkc = tl.dot(tl.trans(pairs), q64, dkc, input_precision=PREC)
-        pairs = tl.where(_joined(rows, 4), dP, 0.0)
-        dqc = tl.dot(pairs, k32, _scaled(dqc, for_q32), input_precision=PREC)
-        dkc = tl.dot(tl.trans(pairs), q32, _scaled(dkc, for_k32), input_precision=PREC)
+    from_start, to_end, total = tl.exp2(middle), tl.exp2(total), middle + total
+    qs, ks = qc.to(tl.float32) * from_middle, kc.to(tl.float32) * to_middle
     pairs = tl.where((t >> 4 == s >> 4) & (t > s), dP, 0.0)
-    dqc = from_middle * tl.dot(pairs, k16, _scaled(dqc, for_q), input_precision=PREC)
-    dkc = to_middle * tl.dot(tl.trans(pairs), q16, _scaled(dkc, for_k), input_precision=PREC)
-    dk_out = to_middle * _scaled(dk_out, to_end)
+    dqc = tl.dot(pairs, ks.to(operand), input_precision=PREC)
+    dkc = tl.dot(tl.trans(pairs), qs.to(operand), input_precision=PREC)
+    if C > 16:
+        qs, ks = _scaled(qs, from_start), _scaled(ks, to_end)
+        pairs = tl.where(_joined(rows, 4), dP, 0.0)
+        dqc += _scaled(tl.dot(pairs, ks.to(operand), input_precision=PREC), from_start)
+        dkc += _scaled(tl.dot(tl.trans(pairs), qs.to(operand), input_precision=PREC), to_end)
+        for_q, for_k, total = _join(total, C // 16)
+        from_start, to_end = from_start * for_q, to_end * for_k
+        if C > 32:
+            qs, ks = _scaled(qs, for_q), _scaled(ks, for_k)
+            pairs = tl.where(_joined(rows, 5), dP, 0.0)
+            dqc += _scaled(tl.dot(pairs, ks.to(operand), input_precision=PREC), from_start)
+            dkc += _scaled(tl.dot(tl.trans(pairs), qs.to(operand), input_precision=PREC), to_end)
+            for_q, for_k, total = _join(total, C // 16)
+            from_start, to_end = from_start * for_q, to_end * for_k
+    # the state
+    kept = tl.zeros([BK], tl.float32)                                       # <dS, S> per channel
+    dq_in, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        S0 = _load(S, keys, cols, V, K, V)                                  # [BK,BV]
+        dS1 = _load(dS, keys, cols, V, K, V)
+        kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)
+        doc = _load(do, rows, cols, H * V, left, V)                         # [C,BV]
+        vc = _load(v, rows, cols, H * V, left, V)
+        dq_in = tl.dot(doc, tl.trans(S0), dq_in, input_precision=PREC)
+        dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
+    dqc += _scaled(dq_in, from_start * K ** -0.5)
+    dk_out = _scaled(dk_out, to_end)
     # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
-    out_sum = kc * dk_out
-    dgc = _sums_to_end(qc * dqc - kc * dkc - out_sum)
-    dgc += (tl.sum(out_sum, 0) + tl.exp2(tl.sum(total, 0)) * kept)[None, :]
-    diagonal = tl.sum(tl.where(t == s, dP, 0.0), 1)[:, None]
+    dqc, dkc, dk_out = dqc * from_middle, dkc * to_middle, dk_out * to_middle
+    dG, out_sum = (qc * dqc - kc * dkc).to(operand), (kc * dk_out).to(operand)
+    dgc = tl.dot(tl.where(t <= s, 1.0, 0.0).to(operand), dG, input_precision=PREC)
+    dgc = tl.dot(tl.where(t > s, 1.0, 0.0).to(operand), out_sum, dgc, input_precision=PREC)
+    dgc += (tl.load(decays + chunk * K + keys, mask=keys < K, other=0) * kept)[None, :]
+    diagonal = tl.where(t == s, dP, 0.0)
+    dqc = tl.dot(diagonal, kc.to(operand), dqc, input_precision=PREC)
+    dkc = tl.dot(diagonal, qc.to(operand), dkc + dk_out, input_precision=PREC)
     _store(dg + token * K, dgc, rows, keys, stride, left, K)
-    _store(dq + token * K, dqc + diagonal * kc, rows, keys, stride, left, K)
-    _store(dk + token * K, dkc + dk_out + diagonal * qc, rows, keys, stride, left, K)
+    _store(dq + token * K, dqc, rows, keys, stride, left, K)
+    _store(dk + token * K, dkc, rows, keys, stride, left, K)
 
 
 @_jit
@@ -1154,7 +1152,7 @@ def _config(q, V, delta):
     KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
     if q.dtype == torch.float32:
         # full products without tensor cores, for exactness; their operands fill the registers
-        C, precision, stages, scan_stages = 32 if KP <= 64 else 16, "ieee", 1, 1
+        C, precision, stages, scan_stages = 32 if delta and KP <= 64 else 16, "ieee", 1, 1
         chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
     elif hopper:
         # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
@@ -1162,13 +1160,17 @@ def _config(q, V, delta):
         wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
         chunk = (64, 4) if delta else (32, 4)
         scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
-        gradients = (64 if delta and min(KP, VP) > 64 else 32, 64, 8)
+        # GLA's warps each own a block of 16 rows; half as many are fewer instructions in all. In
+        # fp16 the operands are tf32 and need twice the registers, but products 8 columns wide per
+        # warp group (m64n8k8, suspected to fault) must not come up, so narrow keys stay with 4.
+        few = q.dtype == torch.bfloat16 or KP == 16
+        gradients = (64 if min(KP, VP) > 64 else 32, 64, 8) if delta else (32, 32, 4 if few else 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
         chunk = (64, 4) if delta else (32, 4)
         scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
-        gradients = (32, 32, 8)
+        gradients = (32 if delta or q.dtype == torch.bfloat16 else 16, 32, 8)
     common = dict(C=C, K=K, PREC=precision)
     chunk = common | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
     if delta:
@@ -1227,8 +1229,8 @@ class _Kernels(torch.autograd.Function):
                     dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
         else:
             dv, dbeta, blocks = dU, None, triton.cdiv(K, config["gradients"]["BK"])
-            _launch(_gla_gradients, (N * blocks,), q, k, v, g, do, S, dS, dq, dk, dg, T, H,
-                    **config["gradients"])
+            _launch(_gla_gradients, (N * blocks,), q, k, v, g, decays, do, S, dS,
+                    dq, dk, dg, T, H, **config["gradients"])
         return dq, dk, dv, dg, dbeta, dstart, None
 
 
