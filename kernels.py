@@ -1129,7 +1129,28 @@ def _use_triton(backend, x, *dims):
     return True
 
 
+@functools.cache
+def _use_sound_ptxas():
+    """Has Triton assemble for Hopper with the ptxas 13.1 that its package brings for Blackwell. With
+    its usual one, 12.8, the delta rule's gradients were wrong or read foreign memory on an H200
+    (bf16, head dims 24 and 40); with 13.1 every check passes. RuntimeError if there is no such one.
+    """
+    from triton.backends.nvidia import compiler
+    tools = triton.knobs.nvidia
+    sound = lambda tool: tuple(map(int, tool.version.split("."))) >= (13, 1)
+    if sound(tools.ptxas):
+        return
+    if "TRITON_PTXAS_PATH" in os.environ or not sound(tools.ptxas_blackwell):
+        raise RuntimeError(
+            f"ptxas {tools.ptxas.version} compiles these kernels wrongly for Hopper: set "
+            "TRITON_PTXAS_PATH to one of CUDA 13.1 or later, or pass backend='torch'")
+    tools.ptxas = tools.ptxas_blackwell.path
+    compiler.get_ptxas_version.cache_clear()        # the version is part of the disk cache's keys
+
+
 def _launch(kernel, grid, *args, **constants):
+    if _capability(args[0].device) == 9:
+        _use_sound_ptxas()
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **constants)
 
@@ -1145,9 +1166,10 @@ def _capability(device):
 
 
 def _config(q, V, delta):
-    """Tile sizes and launch options of the four kernels of a call. Picked so that nothing spills
-    and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
-    run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
+    """Tile sizes and launch options of the four kernels of a call. On Hopper the fastest of those
+    timed on an H200, elsewhere a guess; nothing spills and shared memory fits (`python kernels.py
+    --compile`). No autotuner, so that no run waits for one. Chunks are 64 rows, one tensor-core
+    instruction of a Hopper warp group."""
     (B, _, H, K), hopper = q.shape, _capability(q.device) == 9
     KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
     if q.dtype == torch.float32:
@@ -1155,16 +1177,16 @@ def _config(q, V, delta):
         C, precision, stages, scan_stages = 32 if delta and KP <= 64 else 16, "ieee", 1, 1
         chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
     elif hopper:
-        # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
-        # room for 32 columns. With fewer programs than processors, narrow ones are the faster.
-        wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
+        # The scan waits for memory most of its time, so it has as many stages as fit 227 KB. GLA,
+        # which needs fewer registers, takes 64 columns where that leaves a program per processor.
+        wide = not delta and 64 < KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
         chunk = (64, 4) if delta else (32, 4)
-        scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
+        scan, scan_stages = (64 if wide else 32, 8 if KP > 128 else 4), 2 if KP > 128 else 3
         # GLA's warps each own a block of 16 rows; half as many are fewer instructions in all. In
         # fp16 the operands are tf32 and need twice the registers, but products 8 columns wide per
         # warp group (m64n8k8, suspected to fault) must not come up, so narrow keys stay with 4.
         few = q.dtype == torch.bfloat16 or KP == 16
-        gradients = (64 if min(KP, VP) > 64 else 32, 64, 8) if delta else (32, 32, 4 if few else 8)
+        gradients = (32, 64, 4) if delta else (32, 32, 4 if few else 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
@@ -1177,9 +1199,10 @@ def _config(q, V, delta):
         chunk["LEVELS"] = C.bit_length() - 1
     scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1],
                          num_stages=scan_stages)
+    backward = scan | dict(num_stages=min(scan_stages, 2 if delta and KP > 64 else 3))
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
                               num_warps=gradients[2], num_stages=stages)
-    return {"chunk": chunk, "scan": scan, "gradients": gradients}
+    return {"chunk": chunk, "scan": scan, "scan_backward": backward, "gradients": gradients}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1221,7 +1244,7 @@ class _Kernels(torch.autograd.Function):
         dstart = q.new_empty(B, H, K, V, dtype=torch.float32) if ctx.has_state else None
         dU, dS = torch.empty_like(v), torch.empty_like(S)
         _launch(_scan_backward, (ctx.programs,), qs, ks, decays, beta, P, inverse, do, dend,
-                dU, dS, dstart, T, H, **config["scan"])
+                dU, dS, dstart, T, H, **config["scan_backward"])
         dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
         if beta is not None:
             dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
@@ -1504,7 +1527,8 @@ def _compile(job):
     import tempfile
     name, signature, constants, divisible, options, arch = job
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
+    tools = triton.knobs.nvidia
+    ptxas = tools.ptxas if arch < 90 else tools.ptxas_blackwell             # _use_sound_ptxas
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -1514,7 +1538,7 @@ def _compile(job):
         with open(path, "w") as file:
             file.write(ptx)
         said = subprocess.run([
-            get_ptxas(arch).path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
+            ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
             f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
                                        said.stderr).groups())
@@ -1805,14 +1829,11 @@ def header(device):
     if device == "cuda":
         from triton.backends.nvidia.compiler import get_ptxas
         chip = _capability(torch.device("cuda"))
+        if chip == 9:
+            _use_sound_ptxas()
         info |= dict(device=torch.cuda.get_device_name(),
                      driver=said("nvidia-smi", "--query-gpu=driver_version",
                                  "--format=csv,noheader"), ptxas=get_ptxas(10 * chip).version)
-        if chip == 9 and tuple(map(int, info["ptxas"].split(".")[:2])) < (13, 1):
-            print(f"Warning: ptxas {info['ptxas']}, which Triton runs, has compiled matrix products "
-                  "of others' kernels wrongly for Hopper; 13.1 does not. To use the one in Triton's "
-                  "package set TRITON_PTXAS_PATH to its backends/nvidia/bin/ptxas-blackwell.",
-                  file=sys.stderr)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 

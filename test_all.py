@@ -566,6 +566,20 @@ def test_kernels_script_sees_what_no_kernel_writes(tmp_path):
     assert run.returncode == 1 and "FAILED state: rms error nan" in run.stdout
 
 
+def test_hopper_gets_a_ptxas_that_compiles_the_kernels_right():
+    """On an H200 the ptxas 12.8 that Triton runs by itself gave wrong gradients without a word."""
+    block = ("import kernels, triton; kernels._use_sound_ptxas(); "
+             "from triton.backends.nvidia import compiler as c; "
+             "print(c.get_ptxas(90).version, c.get_ptxas_version(90))")
+    run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+    assert tuple(map(int, run.stdout.split()[0].split("."))) >= (13, 1), run.stderr
+    assert f"release {run.stdout.split()[0]}" in run.stdout
+    usual = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "TRITON_PTXAS_PATH": str(usual)})
+    assert "RuntimeError: ptxas 12.8 compiles these kernels wrongly for Hopper" in run.stderr
+
+
 def test_kernels_compile_without_spills_for_a100_and_h100():
     run = kernels_script("--compile", "sm_80", "sm_90")
     assert run.returncode == 0, run.stdout[-9000:] + run.stderr[-3000:]
