@@ -8,14 +8,15 @@ per-token convolution arXiv:2508.15884; the gradients are written by hand.
 Glossary, the same letters everywhere:
     B batch, T time, H heads, K key dim, V value dim, C chunk length, N number of chunks, W taps
     q, k [B,T,H,K], v and o [B,T,H,V]   as in attention; neither q nor k is normalised here
-    g       log decay <= 0, applied before the update: [B,T,H] delta rule, [B,T,H,K] GLA
+    g       log decay <= 0, applied before the update: [B,T,H] delta rule, [B,T,H,K] GLA, >= -5
     beta    [B,T,H] delta rule: how much of the old value under k_t is replaced by v_t
     S       the state, [B,H,K,V], fp32 (fp64 for fp64 inputs): all that is remembered of the past
     G       cumulative log decay inside a chunk, inclusive: G_t = g_first + ... + g_t
 
-Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. Only differences of G
-that decay (row t >= row s) are exponentiated, so nothing overflows however strong the decay; a
-decay of -inf, which forgets everything, is allowed.
+Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. The delta rule
+exponentiates only differences of G that decay (row t >= row s), so that nothing overflows however
+strong the decay; -inf, which forgets everything, is allowed. GLA has to split its differences in
+two factors, and fp32 holds those of eight rows of -5.
 
 On an NVIDIA GPU all of this runs as Triton kernels, below the torch forms (backend="auto"):
 
@@ -415,15 +416,21 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
 
         S <- exp(g_t) . S + k_t v_t^T  (row by row);    o_t = K^-0.5 S^T q_t
 
-    q, k, g [B,T,H,K], v [B,T,H,V], initial_state [B,H,K,V] or None for zeros.
+    q, k, g [B,T,H,K], v [B,T,H,V], initial_state [B,H,K,V] or None for zeros. g >= -5 per token,
+    as the kernels need: below it they clamp, because looking would make the host wait for the GPU;
+    on a CPU a smaller g is a ValueError.
     Returns o [B,T,H,V] in v's dtype and the final state [B,H,K,V]; gradients flow through both and
     to every input. ValueError if a shape does not fit.
     Equivalent to: gated_linear_attention_recurrent(q, k, v, g, initial_state)
     """
     _check(q, k, v, g, None, initial_state, q.shape)
+    use_triton = _use_triton(backend, q, q.shape[-1], v.shape[-1])
+    if not use_triton and g.device.type == "cpu" and (g < -5).any():
+        raise ValueError(f"g is {g.min().item():.3g} somewhere, below gated linear attention's "
+                         "least log decay per token, -5: use g.clamp(min=-5)")
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return recurrent_step(q, k, v, g, None, initial_state, backend=backend)
-    if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
+    if use_triton:
         return _run_kernels(q, k, v, g, None, initial_state)
     return _GLA.apply(q, k, v, g, _start_state(q, v, initial_state))
 
@@ -509,8 +516,9 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 # rows and columns are loaded as zeros: a token with k, beta and g of 0 leaves the state as it is.
 # Products take their operands in the inputs' dtype and add up in fp32 on tensor cores; what is
 # delicate (the inverse, GLA's decayed q and k) has fp32 operands, and PREC says how they are
-# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. int64 where b and T meet: long
-# inputs have more than 2^31 elements.
+# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. GLA's gradients of bf16 inputs
+# have bf16 operands; fp16 would not hold their decays, up to exp(40). int64 where b and T meet:
+# long inputs have more than 2^31 elements.
 
 _jit = (lambda function: function) if triton is None else triton.jit
 
@@ -564,8 +572,9 @@ def _load_state(x, bh, keys, cols, K: tl.constexpr, V: tl.constexpr):
 def _cumulative_decay(x):
     """G = sum of the log decays up to a row, along axis 0, as (whole, part). Each is exact or
     small, so that a difference of two rows keeps the weak decays behind a strong one, which a
-    single fp32 sum would round away. Below -120 exp is 0, and unlike -inf, -120 - -120 is 0."""
-    x = tl.maximum(x.to(tl.float32), -120.0)
+    single fp32 sum would round away. Below -120 exp is 0, and unlike -inf, -120 - -120 is 0. A NaN
+    must stay one, and not become the strongest decay."""
+    x = tl.maximum(x.to(tl.float32), -120.0, propagate_nan=tl.PropagateNan.ALL)
     whole = tl.floor(x + 0.5)
     return tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
 
@@ -641,6 +650,12 @@ def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: t
 
 
 @_jit
+def _clamped(g):
+    """GLA's log decays, not below -5. A NaN must stay one, and not become a decay of -5."""
+    return tl.maximum(g.to(tl.float32), -5.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_jit
 def _halves_first(C: tl.constexpr):
     """GLA's order of a chunk's rows: the first 8 of every block of 16 rows, then the last 8. A tile
     of BK = 32 channels then gives each of four warps a block, and sums over it stay in the warp."""
@@ -653,8 +668,7 @@ def _channel_decay(g):
     """GLA: log2 of the decay, rows as _halves_first has them, from a block's middle to a row
     [C,BK], from the block's start to its middle and from there to its end, both [C/16,BK]. 8 rows
     of -5 lie on either side of the middle, so that exp(40) is the largest factor there is."""
-    # tl.maximum would take a NaN for the strongest decay
-    g = tl.maximum(g.to(tl.float32), -5.0, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
+    g = _clamped(g) * 1.4426950408889634                                    # log2(e)
     blocks: tl.constexpr = g.shape[0] // 16
     halves = tl.reshape(g, [2, blocks, 8, g.shape[1]])
     first = tl.arange(0, 2)[:, None, None] == 0
@@ -991,8 +1005,8 @@ def _step(q, k, v, g, beta, start, o, end, T, H, K: tl.constexpr, V: tl.constexp
             b = tl.load(beta + token).to(tl.float32)
             vt = b * (vt - tl.sum(kt[:, None] * state, 0))
         else:
-            gt = tl.load(g + token * K + keys, mask=keys < K, other=0).to(tl.float32)
-            state *= tl.exp(gt)[:, None]
+            gt = tl.load(g + token * K + keys, mask=keys < K, other=0)
+            state *= tl.exp(_clamped(gt))[:, None]
         state += kt[:, None] * vt[None, :]
         ot = tl.sum(qt[:, None] * state, 0) * K ** -0.5
         tl.store(o + token * V + cols, ot.to(o.dtype.element_ty), mask=cols < V)
@@ -1192,7 +1206,7 @@ def _config(q, V, delta):
         # for a second stage; everything fits the 99 KB of consumer cards too
         chunk = (64, 4) if delta else (32, 4)
         scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
-        gradients = (32 if delta or q.dtype == torch.bfloat16 else 16, 32, 8)
+        gradients = (32 if delta or q.dtype == torch.bfloat16 and VP > 32 else 16, 32, 8)
     common = dict(C=C, K=K, PREC=precision)
     chunk = common | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
     if delta:

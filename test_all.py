@@ -121,7 +121,7 @@ def op_inputs(op, T, decay, near_keys=False, K=16, V=24, H=2, B=2):
     g = torch.rand(B, T, H, *(() if op == "gated_delta_rule" else (K,)))
     g = {"mild": -0.3 * g, "none": 0 * g, "strong": 0 * g + strongest,
          "range": strongest * (0.25 + 0.75 * g), "mixed": torch.where(g < 0.5, strongest, -0.01),
-         "resets": torch.where(g < 0.3, -torch.inf, -0.1)}[decay]
+         "resets": torch.where(g < 0.3, -torch.inf if op == "gated_delta_rule" else -5.0, -0.1)}[decay]
     beta = [torch.ones(B, T, H) if near_keys else torch.rand(B, T, H)]
     return [x.double() for x in (torch.randn(B, T, H, K), k, torch.randn(B, T, H, V), g,
                                  *(beta if op == "gated_delta_rule" else []), torch.randn(B, H, K, V))]
@@ -239,6 +239,10 @@ def test_dtypes_and_refusals():
             getattr(kernels, op)(*inputs, state[:, :1])
         with pytest.raises(ValueError, match="no tokens"):
             getattr(kernels, op)(*(x[:, :0] for x in inputs))
+    q, k, v, g = inputs
+    for tokens in (20, 1):
+        with pytest.raises(ValueError, match="-6 somewhere.*clamp"):
+            kernels.gated_linear_attention(*(x[:, :tokens] for x in (q, k, v, g - 6 - g)))
 
 
 @pytest.mark.parametrize("W", (1, 2, 4))
@@ -331,6 +335,28 @@ def check_kernels(op, dtype):
 @pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
 def test_kernels_equal_the_loop(op, dtype):
     in_interpreter(f"check_kernels({op!r}, t.torch.{dtype})")
+
+
+def check_gates_out_of_domain():
+    """On kernels: a NaN in g reaches the outputs, and GLA takes g below -5 for -5."""
+    for op in ("gated_delta_rule", "gated_linear_attention"):
+        kernel = functools.partial(getattr(kernels, op), backend="triton")
+        q, k, v, g, *rest = (x.float() for x in op_inputs(op, 20, "mild"))
+        for tokens in (20, 1):                                              # chunks, step
+            bad = g[:, :tokens].clone()
+            bad[:, 0] = torch.nan
+            with torch.no_grad():
+                outputs = kernel(*(x[:, :tokens] for x in (q, k, v)), bad,
+                                 *(x[:, :tokens] for x in rest[:-1]), rest[-1])
+            assert all(x.isnan().all() for x in outputs), f"{op} hides a NaN, {tokens} tokens"
+    q, k, v, g, state = (x.float() for x in op_inputs("gated_linear_attention", 20, "strong"))
+    for below, at in zip(kernel(q, k, v, 20 * g, state), kernel(q, k, v, g, state)):
+        assert torch.equal(below, at)
+
+
+def test_kernels_outside_the_domain_of_g():
+    """A NaN log decay once became the strongest one, so that a diverged model looked sound."""
+    in_interpreter("check_gates_out_of_domain()")
 
 
 def check_decay_parameters():
