@@ -364,7 +364,20 @@ def find_device(name):
 
 def max_length(model):
     """The longest input in tokens, or None where the config names no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def reach(model):
+    """How many positions a forward may have, padding and what a cache holds included: no more than
+    a table of positions has, nor, of RoPE whose factors change with the length (longrope), than
+    are read with its first factors. A longer request is read whole and unpadded."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    return min([max_length(model) or math.inf] + [
+        kind["original_max_position_embeddings"] for kind in kinds
+        if kind.get("rope_type") == "longrope"])
 
 
 def fingerprint(model):
@@ -1102,22 +1115,19 @@ def encode(tokenizer, text, bos=None):
 
 
 def encode_pair(tokenizer, context, continuation, bos=None):
-    """Tokens of context + continuation, and how many belong to the continuation: the harness's
-    way. Trailing white space of the context moves to the continuation; the two are encoded
-    together; the continuation's tokens are what is left after the context's own."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    if not context:
-        prefix = tokenizer.bos_token_id
-        prefix = tokenizer.eos_token_id if prefix is None else prefix
-        if prefix is None:
-            raise UserError("an empty context needs a tokenizer with a BOS or EOS token.")
-        tokens = tokenizer.encode(continuation, add_special_tokens=False)
-        scored = len(tokens)
-        return tokens if tokens[:1] == [prefix] else [prefix] + tokens, scored
-    whole = encode(tokenizer, context + continuation, bos)
-    return whole, max(len(whole) - len(encode(tokenizer, context, bos)), 0)
+    """Tokens of a context and its continuation, and how many belong to the latter: the harness's
+    way. The context's own tokens are read, without its trailing white space; then of the tokens
+    of both texts together those behind as many. The two are not the same where one token spans
+    the border, or where the tokenizer ends every text with EOS. No context is BOS, or EOS."""
+    if context:
+        start = encode(tokenizer, context.rstrip(), bos)
+        rest = encode(tokenizer, context + continuation, bos)[len(start):]
+    else:
+        prefix = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        start = [token for token in prefix if token is not None][:1]
+        rest = tokenizer.encode(continuation, add_special_tokens=False)
+        rest = rest[1:] if start and rest[:1] == start else rest
+    return start + rest, len(rest)
 
 
 class Prepared:
@@ -1131,7 +1141,7 @@ class Prepared:
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
                  whole=False, max_gen_toks=None):
         self.task, self.docs, self.tokenizer, self.bos = task, docs, tokenizer, bos
-        self.max_gen_toks, self.truncated = max_gen_toks, 0
+        self.max_gen_toks, self.reach, self.truncated = max_gen_toks, reach(model), 0
         self.requests, self.of_doc, self.groups, index = [], [], [], {}
         for number, doc in enumerate(docs):
             mine, new = [], []
@@ -1154,9 +1164,17 @@ class Prepared:
             new = self.max_gen_toks or ask[1]["max_gen_toks"]
             request = Request(encode(self.tokenizer, ask[0], self.bos),
                               limits={**ask[1], "max_gen_toks": new})
+            if not request.tokens:
+                raise UserError(f"{place_of(doc)}: the prompt {ask[0]!r} has no tokens, so there is "
+                                "nothing to go on from.")
             room = limit and limit - new
         else:
             request = Request(*encode_pair(self.tokenizer, *ask, self.bos))
+            if not 0 < request.scored < len(request.tokens):
+                what = "continuation" if request.scored == 0 else "context"
+                text = ask[1] if request.scored == 0 else ask[0]
+                raise UserError(f"{place_of(doc)}: the {what} {text[-60:]!r} has no tokens of its "
+                                "own in this model's tokenizer, so it has no score.")
             room = limit and limit + 1                  # the last token is scored, not read
         if limit is None or len(request.tokens) <= room:
             return request
@@ -1174,6 +1192,7 @@ class Prepared:
     def _grouped(self, members, alone):
         """One group of what begins alike up to the first scored token, or one for each."""
         tokens = [self.requests[i].tokens for i in members]
+        alone = alone or any(len(read) - 1 > self.reach for read in tokens)
         shared = 0 if alone or len(members) < 2 else min(
             len(os.path.commonprefix(tokens)),
             *(len(self.requests[i].tokens) - self.requests[i].scored for i in members))
@@ -1215,6 +1234,14 @@ def slices(rows, size, length, overhead):
         cut.append(rows[start[end]: end])
         end = start[end]
     return cut[::-1]
+
+
+def apart(rows, fit):
+    """The rows as one list where they fit() into one forward, else cut into halves that do."""
+    if len(rows) == 1 or fit(rows):
+        return [rows]
+    middle = len(rows) // 2
+    return apart(rows[:middle], fit) + apart(rows[middle:], fit)
 
 
 KEY_BLOCK = 16      # keys that a CPU's attention takes at once, and to which a GPU's aligns masks
@@ -1337,30 +1364,41 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
     A group of one request is read whole. Of the others the prefixes are read once, then the
     tokens that are left to their members, each row going on from a copy of its prefix's keys,
     values and states. What is read together is cut into the cheapest forwards of up to
-    `batch_size` rows of similar length; the members of all prefixes are cut together.
+    `batch_size` rows of similar length; the members of all prefixes are cut together. No forward
+    has more positions than it may, but of one request or of several equally long ones.
     """
-    def cut(rows, length):
-        return slices(sorted(rows, key=lambda row: -length(row)), batch_size, length,
-                      forward_overhead(model))
+    def cut(rows, length, fit):
+        rows = sorted(rows, key=lambda row: -length(row))
+        return [part for some in slices(rows, batch_size, length, forward_overhead(model))
+                for part in apart(some, fit)]
 
+    def alone_fit(rows):
+        lengths = {len(tokens) for _, tokens in rows}
+        return len(lengths) == 1 or max(lengths) - 1 <= most
+
+    def tails_fit(tails):
+        starts = [len(requests[i].tokens) - len(tokens) for _, i, tokens in tails]
+        return max(starts) + max(len(tokens) for _, _, tokens in tails) - 1 <= most
+
+    most = reach(model)
     found = []
     members = [i for group in groups for i in group.members]
     alone = [(i, requests[i].tokens) for group in groups if len(group.members) == 1
              for i in group.members if requests[i].scored > 0]
-    for rows in cut(alone, lambda row: len(row[1])):
+    for rows in cut(alone, lambda row: len(row[1]), alone_fit):
         read_rows(model, requests, rows, found)
     sharing = [group for group in groups if len(group.members) > 1]
     parts = [read_prefixes(model, requests, part, found)
-             for part in cut(sharing, lambda group: len(group.prefix))]
+             for part in cut(sharing, lambda group: len(group.prefix), lambda part: True)]
     parts, room = [part for part in parts if part[2]], has_room(model)
     if parts and room:
         parts = [joined(parts)]
     for cache, mask, tails in parts:
-        for some in cut(tails, lambda tail: len(tail[2])):
+        for some in cut(tails, lambda tail: len(tail[2]), tails_fit):
             rows, owners, tokens = zip(*some)
             read_rows(model, requests, list(zip(owners, tokens)), found,
-                      *forked(cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1, room,
-                              model.device))
+                      *forked(model, cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1,
+                              room))
     sums = torch.zeros(len(requests), dtype=torch.float64)
     if found:
         owners, log_probs = map(torch.cat, zip(*found))
@@ -1402,12 +1440,13 @@ def joined(parts):
     return whole, mask, tails
 
 
-def forked(cache, mask, rows, new_tokens, room, device):
+def forked(model, cache, mask, rows, new_tokens, room):
     """What `new_tokens` (their number) after the prefixes in `rows` go on from: a cache with
     copies of these rows, which leaves `cache` as it is; the mask [R, P + T]; positions [R, T].
 
     With `room`, places that no row needs are left out, but so that keys come in multiples of
-    KEY_BLOCK: on a CPU, what is over costs attention up to a third of its time."""
+    KEY_BLOCK, if the model has so many positions: on a CPU, what is over costs attention up to a
+    third of its time."""
     mask = mask[rows]                                                       # [R, P]
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
@@ -1415,14 +1454,15 @@ def forked(cache, mask, rows, new_tokens, room, device):
         vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
     if room:
         keys = int(mask.sum(1).max()) + new_tokens
-        skip = mask.shape[1] + new_tokens - (keys + -keys % KEY_BLOCK)
+        keys = max(keys, min(keys + -keys % KEY_BLOCK, reach(model)))
+        skip = mask.shape[1] + new_tokens - keys
         mask = mask[:, skip:]
         for layer in fork.layers:
             if isinstance(layer, LinearCacheLayer):
                 layer.seen -= skip
             elif layer.get_seq_length() > 0:
                 layer.keys, layer.values = layer.keys[:, :, skip:], layer.values[:, :, skip:]
-    fork.reorder_cache(send(rows, device))  # once: each layer would send them twice.
+    fork.reorder_cache(send(rows, model.device))  # once: each layer would send them twice.
     # batch_select_indices takes three times as long, and not all layers have it
     return (fork, torch.nn.functional.pad(mask, (0, new_tokens), value=True),
             mask.sum(1, keepdim=True) + torch.arange(new_tokens))
@@ -1449,6 +1489,17 @@ class StopOnText(transformers.StoppingCriteria):
 def batch_generate(model, tokenizer, requests, groups):
     """{request: greedy continuation as text} for a batch: left padding, the model's cache. The
     text may run past a stop string; Task.score cuts it there."""
+    def fit(groups):
+        steps = [requests[i].limits["max_gen_toks"] for group in groups for i in group.members]
+        return max(len(group.prefix) for group in groups) + max(steps) <= reach(model)
+    texts = {}
+    for part in apart(groups, fit):
+        texts |= generate_together(model, tokenizer, requests, part)
+    return texts
+
+
+def generate_together(model, tokenizer, requests, groups):
+    """The same for groups that fit into one call of generate(), which runs to the longest limit."""
     asked = [requests[i] for group in groups for i in group.members]
     ids, real = pad([group.prefix for group in groups], left=True)
     steps, width = [request.limits["max_gen_toks"] for request in asked], ids.shape[1]
@@ -1456,7 +1507,7 @@ def batch_generate(model, tokenizer, requests, groups):
     out = model.generate(
         send(ids, model.device), attention_mask=send(real.long(), model.device), do_sample=False,
         num_beams=1, max_new_tokens=max(steps), pad_token_id=_pad_id(tokenizer),
-        temperature=None, top_p=None, top_k=None,
+        temperature=None, top_p=None, top_k=None, return_dict_in_generate=False,
         stopping_criteria=transformers.StoppingCriteriaList(
             [StopOnText(tokenizer, [r.limits["until"] + eos for r in asked], width)]))
     texts = [tokenizer.decode(row[width: width + n], skip_special_tokens=True)

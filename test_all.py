@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -1163,6 +1164,55 @@ def test_pairs_are_cut_as_the_harness_cuts_them():
     assert cut(Letters(), "ab", " c", bos=False) == (tokens_of("ab c"), 2)
 
 
+class Merged(Letters):
+    """It ends every text with EOS, has one token for "?" and "\\n" together, and none for a space
+    that ends a text."""
+
+    def encode(self, text, add_special_tokens=True):
+        letters = [ord(c) for c in text.rstrip(" ").replace("?\n", "\x07")]
+        return [1] * add_special_tokens + letters + [2] * add_special_tokens
+
+
+def test_a_token_may_span_the_contexts_end():
+    """As the harness does, the context's own tokens are read, not those of both texts together:
+    18 of 33 log-likelihoods of a tokenizer like Qwen2.5's were others."""
+    cut = evaluation.encode_pair
+    assert cut(Merged(), "a?\n", "b") == ([1, 97, 63, 2, 2], 1)
+    assert cut(Merged(), "a", "?\nb") == ([1, 97, 2, 98, 2], 2)
+    assert cut(Merged(), "a?\n", "b", bos=False) == ([97, 63, 98], 1)
+    assert cut(Merged(), "a?", "\n", bos=False) == ([97, 63], 0)        # no token is left
+    assert cut(Merged(), "", "?\n") == ([1, 7], 1)
+    assert cut(Merged(), " \n", "b") == ([1, 2, 10, 98, 2], 3)
+    assert cut(Letters(), "", "") == ([1], 0)
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ("qwen_like", "gpt2_positions"))
+def test_log_likelihoods_equal_the_harness(case):
+    """Of models whose tokens span the context's end, and whose position table is short."""
+    model, tokenizer = evaluation.load_model(str(SHARED / "cases" / case))
+    task, docs = file_task(str(SHARED / "cases" / case / "items.jsonl"))
+    wanted = json.loads((SHARED / "cases" / case / "harness_lls.json").read_text())
+    for size, whole in itertools.product((1, 3, 64), (False, True)):
+        found = evaluation.evaluate(model, evaluation.Prepared(
+            task, docs, model, tokenizer, size, whole=whole)).outputs
+        assert sum(found, []) == pytest.approx(sum(wanted, []), abs=1e-4)
+
+
+@pytest.mark.parametrize("item, says", (
+    ({"context": "t1", "choices": ["t2", " "], "gold": 0}, "continuation '  '"),
+    ({"context": "t1", "choices": ["", "t2"], "gold": 0}, "continuation ' '"),
+    ({"context": "", "choices": ["t1", "t2"], "gold": 0}, "context ''"),
+    ({"context": " \n", "choices": ["t1", "t2"], "gold": 0}, "context ' \\\\n'"),
+    ({"prompt": "", "answer": "t1"}, "prompt ''"), ({"prompt": "\n ", "answer": "t1"}, "prompt")))
+def test_texts_without_tokens_are_refused(lab, tmp_path, item, says):
+    """A choice without tokens scored 0, more than any other, and won; an empty prompt crashed."""
+    model, tokenizer = load_lab_model(lab)
+    task, docs = file_task(jsonl(tmp_path / "items.jsonl", [item]))
+    with pytest.raises(UserError, match=f"items.jsonl line 1: the {says}.* has no tokens"):
+        evaluation.Prepared(task, docs, model, tokenizer, 8)
+
+
 def test_accuracies_by_hand():
     """acc by sums, acc_norm by characters, ties to the first, an empty choice never wins."""
     score = evaluation.CHOICE_FILE.score
@@ -1267,11 +1317,12 @@ def test_forks_send_their_rows_to_the_device_once():
             self.count += str(kwargs.get("device")) == "meta"
             return func(*args, **kwargs)
 
+    model = types.SimpleNamespace(device="meta", config=FAMILIES["llama"]())
     cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
     for layer in range(3):
         cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
     with Sent() as sent:
-        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+        fork, mask, _ = evaluation.forked(model, cache, mask, torch.tensor([0, 0, 1]), 3, True)
     assert sent.count == 1 and mask.shape == (3, 32)
     assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
 
@@ -2134,6 +2185,53 @@ OWN_LINEAR = {      # families with linear layers of their own, beside or within
 }
 
 
+TABLES = {      # families that have no positions past a limit, or others there
+    "gpt2": lambda n: transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=n, eos_token_id=None),
+    "opt": lambda n: transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=n),
+    "gpt_neo": lambda n: transformers.GPTNeoConfig(         # the keys have a table of their own
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=n, eos_token_id=None),
+    "gptj": lambda n: transformers.GPTJConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n,
+        eos_token_id=None),
+    "codegen": lambda n: transformers.CodeGenConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n,
+        eos_token_id=None),
+    "gpt_bigcode": lambda n: transformers.GPTBigCodeConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=n, eos_token_id=None),
+    "mpt": lambda n: transformers.MptConfig(
+        vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=n),
+    "longrope": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": n // 2,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}),
+    "dynamic": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_padding_reaches_no_further_than_the_positions(family):
+    """Requests up to the model's limit, of very different length: in batches as one by one. Past a
+    table of positions is an IndexError; past longrope's border every position's factors change."""
+    limit, rng = 50, random.Random(0)
+    model, tokenizer = random_model(TABLES[family](limit), scale=2.0), evaluation.demo_tokenizer()
+    text = lambda n: evaluation.demo_text(rng.randrange(2, 64) for _ in range(n))
+    sizes = ((limit - 1, 2), (3, limit - 4), (limit - 9, 9), (20, 7), (5, 3), (25, 25))
+    docs = [{"context": text(n), "choices": [text(m), text(m - 1), text(1)], "gold": 0}
+            for n, m in sizes]
+    prompts = [{"prompt": text(n - 1), "answer": "", "max_tokens": m} for n, m in sizes]
+    texts = []
+    for size in (1, 3, 32):
+        assert_as_one_by_one(model, evaluation.Prepared(CHOICE_FILE, docs, model, tokenizer, size),
+                             size)
+        split = evaluation.Prepared(GENERATE_FILE, prompts, model, tokenizer, size)
+        texts.append(evaluation.evaluate(model, split).outputs)
+    assert texts[0] == texts[1] == texts[2]
+
+
 def search_split(model, kind, batch_size):
     """Items whose contexts and choices differ in length."""
     rng = random.Random(1)
@@ -2166,9 +2264,9 @@ def assert_as_one_by_one(model, split, batch_size):
         assert set(found) == {i for group in batch for i in group.members}
         for i, request in ((i, split.requests[i]) for i in found):
             ids = torch.tensor([request.tokens])
-            log_probs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+            logits = model(ids[:, :-1], use_cache=False).logits[0]  # the last is scored, not read
             places = torch.arange(len(request.tokens))[-request.scored:]
-            wanted = log_probs[places - 1, ids[0, places]].sum().item()
+            wanted = logits.double().log_softmax(-1)[places - 1, ids[0, places]].sum().item()
             assert found[i] == pytest.approx(wanted, abs=1e-4)
 
 
