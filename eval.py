@@ -428,6 +428,7 @@ class Task:
     fixed_shots: tuple = ()
     hub: tuple = None           # dataset and configuration
     splits: tuple = None        # the split to search on and the split to report, see split_docs
+    resplit: Callable = None    # rows, split -> rows, where the Hub has all in one split, train
     short: str = ""             # the paper's names
     paper: dict = None          # the paper's score of each of MODELS in percent, nothing replaced
 
@@ -495,6 +496,7 @@ class Task:
         """Raise UserError, saying why, unless the document can be asked and its gold parses."""
         if not isinstance(doc, dict):
             raise UserError("not a JSON object")
+        check_json(doc)
         missing = [field for field in self.fields if doc.get(field) is None]
         if missing:
             raise UserError(f"no field {missing[0]!r}; {self.name} needs {', '.join(self.fields)}")
@@ -511,6 +513,19 @@ class Task:
                 raise UserError(f"the gold answer is {gold!r}, there are {len(requests)} choices")
         elif not (texts and all(isinstance(text, str) for text in texts)):
             raise UserError(f"the gold answer {gold!r} is not a text")
+
+
+def check_json(doc):
+    """Raise UserError unless every field can be written as JSON in UTF-8, as fingerprints need."""
+    for field, value in doc.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"field {field!r} holds {error.object[error.start]!r}, one half of a "
+                            "surrogate pair, which is no character: mend the text") from None
+        except (TypeError, RecursionError) as error:
+            raise UserError(f"field {field!r} cannot be written as JSON ({error}): drop it, or "
+                            "make a text of it") from None
 
 
 def paper(*scores):
@@ -668,6 +683,26 @@ MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
                    for n, top in ((3, "[85, 75, 65] "), (2, "[85, 75] "),
                                   (5, "[85, 75, 65, 58, 35]"))]})
 
+PUBMEDQA_TEST = "178ce354f19c0b3b"  # digest of the official test items' sorted numbers
+
+
+def pubmedqa_split(rows, split):
+    """Of the 1,000 labelled rows the official test set, or the rest for any other split, with the
+    fields of the original files. Made as its authors made it (pubmedqa/pubmedqa on GitHub,
+    split_dataset.py). Raises ValueError if these rows, in this order, do not give that set."""
+    draw, test = random.Random(0), []
+    for label in ("yes", "no", "maybe"):
+        labelled = [row["pubid"] for row in rows if row["final_decision"] == label]
+        draw.shuffle(labelled)
+        test += labelled[math.ceil(len(labelled) / 2):]
+    if digest(sorted(map(int, test))) != PUBMEDQA_TEST:
+        raise ValueError("the rows in their order there do not give the official test set")
+    row_of = {row["pubid"]: {"pubid": row["pubid"], "CONTEXTS": row["context"]["contexts"],
+                             "QUESTION": row["question"], "final_decision": row["final_decision"]}
+              for row in rows}
+    return [row_of[i] for i in (test if split == "test" else [i for i in row_of if i not in test])]
+
+
 # Settings that several tasks share.
 BOTH = dict(metrics=("acc", "acc_norm"))
 VALIDATED = dict(splits=("validation", "test"))
@@ -706,7 +741,8 @@ TASK_LIST = (
          short="ArcE", paper=paper(72.0, 67.9, 79.6)),
     Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
          prompt=lambda doc: f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:",
-         choices=lambda doc: ["no", "yes"], gold=lambda doc: doc["label"],
+         choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
+         gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"],
          metric="acc", **HIDDEN, short="BQ BoolQ", paper=paper(73.0, 78.5, 84.2)),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
          prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
@@ -779,9 +815,10 @@ TASK_LIST = (
          short="TREC", paper=paper(71.0, 72.0, 73.5)),
     mmlu("econometrics", short="EC", paper=paper(46.5, 39.5, 51.8)),
     mmlu("marketing", short="MK", paper=paper(83.3, 86.8, 88.9)),
-    # The official 500 test items are reported; the search has the other 500, as in the paper.
+    # The official 500 test items are reported; the search has the other 500, as in the paper. The
+    # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
     Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
-         hub=("bigbio/pubmed_qa", "pubmed_qa_labeled_fold0_source"),
+         hub=("qiaojin/PubMedQA", "pqa_labeled"), resplit=pubmedqa_split,
          prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"],
@@ -794,10 +831,14 @@ TASK_LIST = (
 class TaskTable(dict):
     """Tasks by the harness's names; the paper's short names (ArcC, ...) are understood too."""
 
+    def named(self, name):
+        """The task of that name, or None."""
+        return next((task for task in self.values()
+                     if name.lower() in (task.name, *task.short.lower().split())), None)
+
     def __missing__(self, name):
-        for task in self.values():
-            if name.lower() in (task.name, *task.short.lower().split()):
-                return task
+        if task := self.named(name):
+            return task
         raise UserError(f"no task {name!r}: there are {', '.join(self)} and JSON-lines files")
 
 
@@ -846,7 +887,7 @@ def read_docs(path):
     for place, line in lines:
         try:
             rows.append((place, dict(json.loads(line))))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{place} is not a JSON object: {error}") from None
     return rows
 
@@ -857,15 +898,16 @@ def hub_docs(task, split):
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        rows = datasets.load_dataset(name, config, split="train" if task.resplit else split)
+        rows = task.resplit(rows, split) if task.resplit else rows
     except Exception as error:  # gated, missing, renamed, no such split, no network, ...
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the Hub "
             f"({type(error).__name__}: {reason}); if it is gated, accept its terms there and log "
-            "in, and if there is no network or it has moved, download it elsewhere and pass its "
-            "rows with --docs (--test-docs, --shot-docs), as .jsonl, .jsonl.gz or .parquet with "
-            f"the fields {', '.join(task.fields)}") from None
+            f"in; else get its rows elsewhere and run this with `--task {task.name} --docs FILE` "
+            "(--test-docs, --shot-docs), a .jsonl, .jsonl.gz or .parquet with the fields "
+            f"{', '.join(task.fields)}") from None
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
@@ -1953,7 +1995,8 @@ def add_task_flags(parser):
 
 def find_task(name, args):
     """A named task, or that of a task file. Raises UserError for what cannot be scored at all."""
-    if name in DEMO_TASKS or Path(name).exists() or name.endswith((".jsonl", ".json")):
+    is_file = Path(name).is_file() or name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet"))
+    if name in DEMO_TASKS or is_file and not TASKS.named(name):
         given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
@@ -2007,8 +2050,9 @@ def show_requests(prepared, count):
             f"scored {json.dumps(request.limits)}\n{decoded}\n{request.tokens}")
 
 
-def score_task(name, model, tokenizer, args):
-    """Score one task, print its line, write its items -> the result as a dict."""
+def score_task(name, model, tokenizer, args, stem):
+    """Score one task, print its line, write its items to OUT/STEM-items.jsonl -> the result as a
+    dict."""
     task = find_task(name, args)
     metric = check_metric(task, args.metric)
     prepared = prepare(task, scored_docs(name, task, args), model, tokenizer, args)
@@ -2025,11 +2069,21 @@ def score_task(name, model, tokenizer, args):
         f"{'no number' if paper_value is None else paper_value}); "
         + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
     if args.out:
-        path = make_output_dir(args.out) / f"{Path(name).stem}-items.jsonl"
+        path = make_output_dir(args.out) / f"{stem}-items.jsonl"
         _write_lines(path, [{"place": place_of(doc), "outputs": outputs, **item} for doc, outputs, item
                             in zip(prepared.docs, score.outputs, score.items)])
         result["items"] = str(path)
     return result
+
+
+def distinct_stems(names):
+    """The tasks' names as those of their results' files; one that is taken gets a number."""
+    stems = []
+    for name in names:
+        stem = Path(name).stem
+        numbered = (f"{stem}-{i}" for i in range(2, len(names) + 2))
+        stems.append(next(s for s in (stem, *numbered) if s not in stems))
+    return stems
 
 
 def parse_args():
@@ -2060,7 +2114,8 @@ def main():
     if args.out:
         make_output_dir(args.out)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    results = [score_task(name, model, tokenizer, args) for name in names]
+    results = [score_task(name, model, tokenizer, args, stem)
+               for name, stem in zip(names, distinct_stems(names))]
     finish({"model": args.model, "linear_layers": linear_layers(model), "dtype": str(model.dtype),
             "device": str(model.device), "settings": {k: getattr(args, k) for k in (
                 "shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")},

@@ -4,6 +4,7 @@ Tests on the real 260 K-parameter model and its data need ../shared and skip whe
 """
 
 import copy
+import datetime
 import functools
 import gzip
 import hashlib
@@ -1374,6 +1375,29 @@ def test_eval_script(lab, tmp_path, monkeypatch, capsys):
     assert norm["results"][0]["value"] == result["results"][0]["metrics"]["acc_norm"]
 
 
+def test_results_of_files_of_one_name_are_kept_apart(lab, tmp_path, monkeypatch, capsys):
+    """The second file's per-item results replaced the first's."""
+    items = [json.loads(line) for line in (lab / "val.jsonl").read_text().splitlines()]
+    tasks = [tmp_path / name / "validation.jsonl" for name in "abc"]
+    for n, path in enumerate(tasks, 2):
+        path.parent.mkdir()
+        write_rows(path, items[:n])
+    code, result, err = call(command("eval.py", model=lab / "model", out=tmp_path / "o",
+                                     task=",".join(map(str, tasks))), monkeypatch, capsys)
+    assert code == 0, err
+    lines = [Path(row["items"]).read_text().splitlines() for row in result["results"]]
+    assert list(map(len, lines)) == [2, 3, 4]
+    assert evaluation.distinct_stems(["a/x.jsonl", "x-2.jsonl", "b/x.jsonl"]) == ["x", "x-2", "x-3"]
+
+
+def test_a_generation_config_may_ask_for_a_dict(lab):
+    """generate() then returned something else than tokens, and the run ended in a traceback."""
+    model, split = prepared(lab, "generate")
+    plain = evaluation.evaluate(model, split).outputs
+    model.generation_config.return_dict_in_generate = True
+    assert evaluation.evaluate(model, split).outputs == plain
+
+
 @needs_shared
 def test_base_scores_on_the_real_model():
     """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
@@ -1559,6 +1583,9 @@ def test_a_right_choice_may_be_given_as_text():
         task.check(doc)
         assert task.score(doc, [-2, -1, -3, -4][:len(task.choices(doc))]) == {"acc": 1.0}
     assert TASKS["MK"].requests(mmlu, [mmlu])[0][0].count("Answer: B\n\n") == 1
+    for label in (False, True):                 # as SuperGLUE's own files have it
+        TASKS["boolq"].check(dict(boolq, label=label))
+        assert TASKS["boolq"].score(dict(boolq, label=label), [-2, -1]) == {"acc": float(label)}
 
 
 def test_a_choice_without_tokens_scores_nothing(lab):
@@ -1696,6 +1723,10 @@ def test_bad_gold_names_the_document(tmp_path, name, doc):
     ('{"context": "c", "choices": ["a", "b"], "gold": true}', "gold answer is True"),
     ('{"context": "c", "choices": ["a", 1], "gold": 0}', "not a document"),
     ('{"context": "c", "choices": ["a", "b"]}', "'gold'"), ("[1]", "not a JSON object"),
+    ("[" * 100_000, "line 1 is not"), ('{"a":' * 100_000, "line 1 is not"),
+    ('{"context": "c\\ud83d", "choices": ["a", "b"], "gold": 0}', "line 1: field 'context'.*half"),
+    ('{"context": "c", "choices": ["a", "\\ude00b"], "gold": 0}', "line 1: field 'choices'.*half"),
+    ('{"prompt": "\\ud83d", "answer": "5"}', "line 1: field 'prompt'.*half"),
     ("{", "not a JSON object"), ('{"prompt": "p", "answer": 5}', "not a text"),
     ('{"prompt": "p", "answer": "5", "stop": "x"}', "list of texts"),
     ('{"prompt": "p", "answer": "5", "max_tokens": 0}', "positive"), ("", "no documents")])
@@ -1725,6 +1756,55 @@ def test_parquet(tmp_path):
     path = str(tmp_path / "arc.parquet")
     datasets.Dataset.from_list([ARC_DOC] * 3).to_parquet(path)
     assert load_docs(TASKS["ArcE"], "test", path) == [ARC_DOC] * 3
+    for value in (datetime.datetime(2026, 1, 1), b"bytes"):     # replace.py's fingerprint crashed
+        datasets.Dataset.from_list([dict(ARC_DOC, more=value)] * 3).to_parquet(path)
+        with pytest.raises(UserError, match=f"row 1: field 'more'.*{type(value).__name__}"):
+            load_docs(TASKS["ArcE"], "test", path)
+
+
+def test_named_tasks_come_before_files(tmp_path, monkeypatch):
+    """A folder or a file called like a task hid it; other files need no ending."""
+    monkeypatch.chdir(tmp_path)
+    args = types.SimpleNamespace(docs=None, shot_docs=None, shots=None, allow_code_execution=False)
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("PM", "items"):
+        jsonl(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
+    assert evaluation.find_task("gsm8k", args) is TASKS["gsm8k"]
+    assert evaluation.find_task("PM", args) is TASKS["pubmedqa"]
+    assert evaluation.find_task("items", args) is evaluation.find_task("./PM", args) is CHOICE_FILE
+    with pytest.raises(UserError, match="no task './gsm8k'"):
+        evaluation.find_task("./gsm8k", args)
+
+
+@needs_shared
+def test_pubmedqas_official_split_is_made_again(monkeypatch):
+    """The Hub has the labelled rows unsplit: in their original order they give the official test
+    set, item by item; in another order that is said, with the flags that work."""
+    import datasets
+    data = SHARED / "data" / "pubmedqa"
+    search, test = ([json.loads(line) for line in open(data / f"{name}.jsonl", encoding="utf-8")]
+                    for name in ("validation", "test"))
+    rows, draw = [], random.Random(0)
+    for label in ("yes", "no", "maybe"):        # the authors' shuffles, undone
+        mine = [[doc for doc in docs if doc["final_decision"] == label] for docs in (search, test)]
+        places = list(range(len(sum(mine, []))))
+        draw.shuffle(places)
+        late = dict(zip(places[len(mine[0]):], mine[1]))
+        early = iter(mine[0])
+        rows += [late.get(i) or next(early) for i in range(len(places))]
+    rows = [{"pubid": int(doc["pubmed_id"]), "question": doc["QUESTION"], "long_answer": "",
+             "context": {"contexts": doc["CONTEXTS"]}, "final_decision": doc["final_decision"]}
+            for doc in rows]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda *args, split: asked.append((*args, split)) or rows)
+    ours, reported, _ = split_docs(TASKS["pubmedqa"])
+    of = lambda docs: [TASKS["pubmedqa"].requests(doc) for doc in docs]
+    assert asked == [("qiaojin/PubMedQA", "pqa_labeled", "train")] * 2
+    assert of(reported) == of(test) and sorted(of(ours)) == sorted(of(search))
+    rows.reverse()
+    with pytest.raises(UserError, match="official test set.*`--task pubmedqa --docs FILE`"):
+        load_docs(TASKS["pubmedqa"], "test")
 
 
 @pytest.fixture
@@ -1806,7 +1886,7 @@ def test_no_hub(monkeypatch):
         load_docs(TASKS["PM"], "test")
     told = str(caught.value)
     assert "\n" not in told
-    for word in ("bigbio/pubmed_qa", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
+    for word in ("qiaojin/PubMedQA", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
         assert word in told
 
 
