@@ -1207,8 +1207,8 @@ class Prepared:
             request = Request(encode(self.tokenizer, ask[0], self.bos),
                               limits={**ask[1], "max_gen_toks": new})
             if not request.tokens:
-                raise UserError(f"{place_of(doc)}: the prompt {ask[0]!r} has no tokens, so there is "
-                                "nothing to go on from.")
+                raise UserError(f"{place_of(doc)}: the prompt {ask[0]!r} has no tokens, so there "
+                                "is nothing to go on from.")
             room = limit and limit - new
         else:
             request = Request(*encode_pair(self.tokenizer, *ask, self.bos))
