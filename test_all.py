@@ -4,6 +4,7 @@ Tests on the real 260 K-parameter model and its data need ../shared and skip whe
 """
 
 import copy
+import datetime
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -1266,6 +1268,55 @@ def test_pairs_are_cut_as_the_harness_cuts_them():
     assert cut(Letters(), "ab", " c", bos=False) == (tokens_of("ab c"), 2)
 
 
+class Merged(Letters):
+    """It ends every text with EOS, has one token for "?" and "\\n" together, and none for a space
+    that ends a text."""
+
+    def encode(self, text, add_special_tokens=True):
+        letters = [ord(c) for c in text.rstrip(" ").replace("?\n", "\x07")]
+        return [1] * add_special_tokens + letters + [2] * add_special_tokens
+
+
+def test_a_token_may_span_the_contexts_end():
+    """As the harness does, the context's own tokens are read, not those of both texts together:
+    18 of 33 log-likelihoods of a tokenizer like Qwen2.5's were others."""
+    cut = evaluation.encode_pair
+    assert cut(Merged(), "a?\n", "b") == ([1, 97, 63, 2, 2], 1)
+    assert cut(Merged(), "a", "?\nb") == ([1, 97, 2, 98, 2], 2)
+    assert cut(Merged(), "a?\n", "b", bos=False) == ([97, 63, 98], 1)
+    assert cut(Merged(), "a?", "\n", bos=False) == ([97, 63], 0)        # no token is left
+    assert cut(Merged(), "", "?\n") == ([1, 7], 1)
+    assert cut(Merged(), " \n", "b") == ([1, 2, 10, 98, 2], 3)
+    assert cut(Letters(), "", "") == ([1], 0)
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ("qwen_like", "gpt2_positions"))
+def test_log_likelihoods_equal_the_harness(case):
+    """Of models whose tokens span the context's end, and whose position table is short."""
+    model, tokenizer = evaluation.load_model(str(SHARED / "cases" / case))
+    task, docs = file_task(str(SHARED / "cases" / case / "items.jsonl"))
+    wanted = json.loads((SHARED / "cases" / case / "harness_lls.json").read_text())
+    for size, whole in itertools.product((1, 3, 64), (False, True)):
+        found = evaluation.evaluate(model, evaluation.Prepared(
+            task, docs, model, tokenizer, size, whole=whole)).outputs
+        assert sum(found, []) == pytest.approx(sum(wanted, []), abs=1e-4)
+
+
+@pytest.mark.parametrize("item, says", (
+    ({"context": "t1", "choices": ["t2", " "], "gold": 0}, "continuation '  '"),
+    ({"context": "t1", "choices": ["", "t2"], "gold": 0}, "continuation ' '"),
+    ({"context": "", "choices": ["t1", "t2"], "gold": 0}, "context ''"),
+    ({"context": " \n", "choices": ["t1", "t2"], "gold": 0}, "context ' \\\\n'"),
+    ({"prompt": "", "answer": "t1"}, "prompt ''"), ({"prompt": "\n ", "answer": "t1"}, "prompt")))
+def test_texts_without_tokens_are_refused(lab, tmp_path, item, says):
+    """A choice without tokens scored 0, more than any other, and won; an empty prompt crashed."""
+    model, tokenizer = load_lab_model(lab)
+    task, docs = file_task(jsonl(tmp_path / "items.jsonl", [item]))
+    with pytest.raises(UserError, match=f"items.jsonl line 1: the {says}.* has no tokens"):
+        evaluation.Prepared(task, docs, model, tokenizer, 8)
+
+
 def test_accuracies_by_hand():
     """acc by sums, acc_norm by characters, ties to the first, an empty choice never wins."""
     score = evaluation.CHOICE_FILE.score
@@ -1370,11 +1421,12 @@ def test_forks_send_their_rows_to_the_device_once():
             self.count += str(kwargs.get("device")) == "meta"
             return func(*args, **kwargs)
 
+    model = types.SimpleNamespace(device="meta", config=FAMILIES["llama"]())
     cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
     for layer in range(3):
         cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
     with Sent() as sent:
-        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+        fork, mask, _ = evaluation.forked(model, cache, mask, torch.tensor([0, 0, 1]), 3, True)
     assert sent.count == 1 and mask.shape == (3, 32)
     assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
 
@@ -1424,6 +1476,29 @@ def test_eval_script(lab, tmp_path, monkeypatch, capsys):
     code, norm, _ = call(command("eval.py", model=lab / "model", task=lab / "val.jsonl",
                                  limit=9, metric="acc_norm"), monkeypatch, capsys)
     assert norm["results"][0]["value"] == result["results"][0]["metrics"]["acc_norm"]
+
+
+def test_results_of_files_of_one_name_are_kept_apart(lab, tmp_path, monkeypatch, capsys):
+    """The second file's per-item results replaced the first's."""
+    items = [json.loads(line) for line in (lab / "val.jsonl").read_text().splitlines()]
+    tasks = [tmp_path / name / "validation.jsonl" for name in "abc"]
+    for n, path in enumerate(tasks, 2):
+        path.parent.mkdir()
+        write_rows(path, items[:n])
+    code, result, err = call(command("eval.py", model=lab / "model", out=tmp_path / "o",
+                                     task=",".join(map(str, tasks))), monkeypatch, capsys)
+    assert code == 0, err
+    lines = [Path(row["items"]).read_text().splitlines() for row in result["results"]]
+    assert list(map(len, lines)) == [2, 3, 4]
+    assert evaluation.distinct_stems(["a/x.jsonl", "x-2.jsonl", "b/x.jsonl"]) == ["x", "x-2", "x-3"]
+
+
+def test_a_generation_config_may_ask_for_a_dict(lab):
+    """generate() then returned something else than tokens, and the run ended in a traceback."""
+    model, split = prepared(lab, "generate")
+    plain = evaluation.evaluate(model, split).outputs
+    model.generation_config.return_dict_in_generate = True
+    assert evaluation.evaluate(model, split).outputs == plain
 
 
 @needs_shared
@@ -1611,6 +1686,9 @@ def test_a_right_choice_may_be_given_as_text():
         task.check(doc)
         assert task.score(doc, [-2, -1, -3, -4][:len(task.choices(doc))]) == {"acc": 1.0}
     assert TASKS["MK"].requests(mmlu, [mmlu])[0][0].count("Answer: B\n\n") == 1
+    for label in (False, True):                 # as SuperGLUE's own files have it
+        TASKS["boolq"].check(dict(boolq, label=label))
+        assert TASKS["boolq"].score(dict(boolq, label=label), [-2, -1]) == {"acc": float(label)}
 
 
 def test_a_choice_without_tokens_scores_nothing(lab):
@@ -1748,6 +1826,10 @@ def test_bad_gold_names_the_document(tmp_path, name, doc):
     ('{"context": "c", "choices": ["a", "b"], "gold": true}', "gold answer is True"),
     ('{"context": "c", "choices": ["a", 1], "gold": 0}', "not a document"),
     ('{"context": "c", "choices": ["a", "b"]}', "'gold'"), ("[1]", "not a JSON object"),
+    ("[" * 100_000, "line 1 is not"), ('{"a":' * 100_000, "line 1 is not"),
+    ('{"context": "c\\ud83d", "choices": ["a", "b"], "gold": 0}', "line 1: field 'context'.*half"),
+    ('{"context": "c", "choices": ["a", "\\ude00b"], "gold": 0}', "line 1: field 'choices'.*half"),
+    ('{"prompt": "\\ud83d", "answer": "5"}', "line 1: field 'prompt'.*half"),
     ("{", "not a JSON object"), ('{"prompt": "p", "answer": 5}', "not a text"),
     ('{"prompt": "p", "answer": "5", "stop": "x"}', "list of texts"),
     ('{"prompt": "p", "answer": "5", "max_tokens": 0}', "positive"), ("", "no documents")])
@@ -1777,6 +1859,55 @@ def test_parquet(tmp_path):
     path = str(tmp_path / "arc.parquet")
     datasets.Dataset.from_list([ARC_DOC] * 3).to_parquet(path)
     assert load_docs(TASKS["ArcE"], "test", path) == [ARC_DOC] * 3
+    for value in (datetime.datetime(2026, 1, 1), b"bytes"):     # replace.py's fingerprint crashed
+        datasets.Dataset.from_list([dict(ARC_DOC, more=value)] * 3).to_parquet(path)
+        with pytest.raises(UserError, match=f"row 1: field 'more'.*{type(value).__name__}"):
+            load_docs(TASKS["ArcE"], "test", path)
+
+
+def test_named_tasks_come_before_files(tmp_path, monkeypatch):
+    """A folder or a file called like a task hid it; other files need no ending."""
+    monkeypatch.chdir(tmp_path)
+    args = types.SimpleNamespace(docs=None, shot_docs=None, shots=None, allow_code_execution=False)
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("PM", "items"):
+        jsonl(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
+    assert evaluation.find_task("gsm8k", args) is TASKS["gsm8k"]
+    assert evaluation.find_task("PM", args) is TASKS["pubmedqa"]
+    assert evaluation.find_task("items", args) is evaluation.find_task("./PM", args) is CHOICE_FILE
+    with pytest.raises(UserError, match="no task './gsm8k'"):
+        evaluation.find_task("./gsm8k", args)
+
+
+@needs_shared
+def test_pubmedqas_official_split_is_made_again(monkeypatch):
+    """The Hub has the labelled rows unsplit: in their original order they give the official test
+    set, item by item; in another order that is said, with the flags that work."""
+    import datasets
+    data = SHARED / "data" / "pubmedqa"
+    search, test = ([json.loads(line) for line in open(data / f"{name}.jsonl", encoding="utf-8")]
+                    for name in ("validation", "test"))
+    rows, draw = [], random.Random(0)
+    for label in ("yes", "no", "maybe"):        # the authors' shuffles, undone
+        mine = [[doc for doc in docs if doc["final_decision"] == label] for docs in (search, test)]
+        places = list(range(len(sum(mine, []))))
+        draw.shuffle(places)
+        late = dict(zip(places[len(mine[0]):], mine[1]))
+        early = iter(mine[0])
+        rows += [late.get(i) or next(early) for i in range(len(places))]
+    rows = [{"pubid": int(doc["pubmed_id"]), "question": doc["QUESTION"], "long_answer": "",
+             "context": {"contexts": doc["CONTEXTS"]}, "final_decision": doc["final_decision"]}
+            for doc in rows]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda *args, split: asked.append((*args, split)) or rows)
+    ours, reported, _ = split_docs(TASKS["pubmedqa"])
+    of = lambda docs: [TASKS["pubmedqa"].requests(doc) for doc in docs]
+    assert asked == [("qiaojin/PubMedQA", "pqa_labeled", "train")] * 2
+    assert of(reported) == of(test) and sorted(of(ours)) == sorted(of(search))
+    rows.reverse()
+    with pytest.raises(UserError, match="official test set.*`--task pubmedqa --docs FILE`"):
+        load_docs(TASKS["pubmedqa"], "test")
 
 
 @pytest.fixture
@@ -1858,7 +1989,7 @@ def test_no_hub(monkeypatch):
         load_docs(TASKS["PM"], "test")
     told = str(caught.value)
     assert "\n" not in told
-    for word in ("bigbio/pubmed_qa", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
+    for word in ("qiaojin/PubMedQA", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
         assert word in told
 
 
@@ -2237,6 +2368,53 @@ OWN_LINEAR = {      # families with linear layers of their own, beside or within
 }
 
 
+TABLES = {      # families that have no positions past a limit, or others there
+    "gpt2": lambda n: transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=n, eos_token_id=None),
+    "opt": lambda n: transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=n),
+    "gpt_neo": lambda n: transformers.GPTNeoConfig(         # the keys have a table of their own
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=n, eos_token_id=None),
+    "gptj": lambda n: transformers.GPTJConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n,
+        eos_token_id=None),
+    "codegen": lambda n: transformers.CodeGenConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n,
+        eos_token_id=None),
+    "gpt_bigcode": lambda n: transformers.GPTBigCodeConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=n, eos_token_id=None),
+    "mpt": lambda n: transformers.MptConfig(
+        vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=n),
+    "longrope": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": n // 2,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}),
+    "dynamic": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_padding_reaches_no_further_than_the_positions(family):
+    """Requests up to the model's limit, of very different length: in batches as one by one. Past a
+    table of positions is an IndexError; past longrope's border every position's factors change."""
+    limit, rng = 50, random.Random(0)
+    model, tokenizer = random_model(TABLES[family](limit), scale=2.0), evaluation.demo_tokenizer()
+    text = lambda n: evaluation.demo_text(rng.randrange(2, 64) for _ in range(n))
+    sizes = ((limit - 1, 2), (3, limit - 4), (limit - 9, 9), (20, 7), (5, 3), (25, 25))
+    docs = [{"context": text(n), "choices": [text(m), text(m - 1), text(1)], "gold": 0}
+            for n, m in sizes]
+    prompts = [{"prompt": text(n - 1), "answer": "", "max_tokens": m} for n, m in sizes]
+    texts = []
+    for size in (1, 3, 32):
+        assert_as_one_by_one(model, evaluation.Prepared(CHOICE_FILE, docs, model, tokenizer, size),
+                             size)
+        split = evaluation.Prepared(GENERATE_FILE, prompts, model, tokenizer, size)
+        texts.append(evaluation.evaluate(model, split).outputs)
+    assert texts[0] == texts[1] == texts[2]
+
+
 def search_split(model, kind, batch_size):
     """Items whose contexts and choices differ in length."""
     rng = random.Random(1)
@@ -2269,9 +2447,9 @@ def assert_as_one_by_one(model, split, batch_size):
         assert set(found) == {i for group in batch for i in group.members}
         for i, request in ((i, split.requests[i]) for i in found):
             ids = torch.tensor([request.tokens])
-            log_probs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+            logits = model(ids[:, :-1], use_cache=False).logits[0]  # the last is scored, not read
             places = torch.arange(len(request.tokens))[-request.scored:]
-            wanted = log_probs[places - 1, ids[0, places]].sum().item()
+            wanted = logits.double().log_softmax(-1)[places - 1, ids[0, places]].sum().item()
             assert found[i] == pytest.approx(wanted, abs=1e-4)
 
 
