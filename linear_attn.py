@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.cache_utils import (
-    CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
+    Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -47,6 +47,7 @@ NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck
 GATE_NORMALIZER = 16    # GLA: log decay = logsigmoid(x) / 16
 MIN_LOG_DECAY = -5.0    # GLA: the kernels are exact down to this log decay per step
+GAP = 21                # padded tokens between documents: exp(-5 * 21) is 0 in fp32
 START_LOG_DECAY = (0.01, 0.03)  # inherited start: -log decay per step, spread over the heads
 
 
@@ -195,22 +196,103 @@ def _teacher_norm(attn, names, num_heads, head_dim):
 # Padding and the cache
 
 def padding_mask(attention_mask, length):
-    """Which of the last `length` tokens are real: bool [B, length], or None if all are.
+    """Which of the last `length` tokens are real: bool [B, length].
 
-    attention_mask is what transformers hands to an attention module: None, [B, K], or
-    [B, 1, Q, K] (bool, or float with the lowest number where masked). In the last form a token
-    is real if and only if it may attend to itself. During one-token decoding all are real.
+    attention_mask is what transformers hands to an attention module: [B, K], or [B, 1, Q, K]
+    (bool, or float with the lowest number where masked), whose last keys are the queries' own. In
+    the last form a token is real if and only if it may attend to itself.
     """
-    if attention_mask is None or length == 1:
-        return None
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(f"a linear layer cannot read a mask of type "
-                         f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
     if attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
     queries, keys = attention_mask.shape[-2:]
-    own = attention_mask[:, 0].diagonal(offset=keys - queries, dim1=-2, dim2=-1)    # [B, Q]
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    return _visible(attention_mask[:, 0].diagonal(keys - queries, -2, -1))          # [B, Q]
+
+
+def _visible(mask):
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+class Rows(NamedTuple):
+    """A call's tokens [B, T] laid out for a mixer, where some are padding or a row holds several
+    documents (packing): in each of the B rows, of R >= T places, the real tokens in order, the
+    padded ones behind them. Before another document stands a gap, in which all is forgotten."""
+    order: torch.Tensor             # [B, R] which token of the call stands here
+    place: torch.Tensor             # [B, T] its inverse: where each token of the call stands
+    real: torch.Tensor              # [B, R] bool: neither padding nor a gap
+    gap: torch.Tensor | None        # [B, R] bool; None where no row holds several documents
+
+    @classmethod
+    def of(cls, attention_mask, length):
+        """From a mask as `padding_mask` takes it. Documents show in its second form, as a token
+        that may not attend to the real one before it."""
+        real = padding_mask(attention_mask, length)
+        if length == 1:
+            only = torch.zeros_like(real, dtype=torch.long)
+            return cls(only, only, real, None)
+        order = real.logical_not().byte().argsort(dim=1, stable=True)
+        real, rows = real.gather(1, order), cls(order, order.argsort(1), real.gather(1, order), None)
+        if attention_mask.dim() == 2:
+            return rows
+        queries, keys = attention_mask.shape[-2:]
+        before = order[:, 1:] * keys + order[:, :-1] + keys - queries               # [B, T-1]
+        seen = _visible(attention_mask[:, 0].flatten(1).gather(1, before))
+        return rows.with_gaps(F.pad(real[:, 1:] & ~seen, (1, 0)))
+
+    @classmethod
+    def of_positions(cls, position_ids):
+        """From positions [B, T] without padding, which restart where a document begins."""
+        order = torch.arange(position_ids.shape[1], device=position_ids.device)
+        order = order.expand_as(position_ids)
+        rows = cls(order, order, torch.ones_like(order, dtype=torch.bool), None)
+        return rows.with_gaps(F.pad(position_ids.diff(dim=1) <= 0, (1, 0)))
+
+    def with_gaps(self, first):
+        """With a gap before each `first` token of another document, [B, T] bool. Their number
+        decides R, so a host waits here for its GPU."""
+        most = int(first.sum(1).max())
+        if most == 0:
+            return self
+        T = first.shape[1]
+        slot = torch.arange(T, device=first.device) + GAP * first.cumsum(1)         # [B, T]
+        rows = slot.new_zeros(len(first), T + GAP * most)                           # [B, R]
+        gap = torch.arange(rows.shape[1], device=first.device) < slot[:, -1:]
+        return Rows(rows.scatter(1, slot, self.order), slot.gather(1, self.place),
+                    rows.bool().scatter(1, slot, self.real), gap.scatter(1, slot, False))
+
+    def gather(self, x):
+        """x [B, T, C] laid out, [B, R, C]."""
+        return x.take_along_dim(self.order.unsqueeze(-1), 1)
+
+    def scatter(self, o):
+        """o [B, R, H, D] as the call has its tokens, [B, T, H, D]."""
+        return o.take_along_dim(self.place[:, :, None, None], 1)
+
+    def written(self, x):
+        """k, beta or a convolution's input, [B, R, channels]: only a real token writes."""
+        return x.masked_fill(~self.real.unsqueeze(-1), 0)
+
+    def decays(self, g):
+        """Log decays [B, R, channels]: padding forgets nothing, a gap everything."""
+        g = g.masked_fill(~self.real.unsqueeze(-1), 0)
+        return g if self.gap is None else g.masked_fill(self.gap.unsqueeze(-1), MIN_LOG_DECAY)
+
+
+def short_conv(x, kernel, rows, cache):
+    """SiLU(causal_conv(x, kernel)) and the new cache, as kernels.py has them, of x [B, R, D] as
+    `rows` (a Rows, or None) laid it out: the cache holds what lies before the last real token."""
+    if rows is None:
+        return causal_conv(x, kernel, cache, activation="silu")
+    x, W = rows.written(x), kernel.shape[-2]
+    before = x.new_zeros(len(x), W - 1, x.shape[-1]) if cache is None else cache.to(x.dtype)
+    number = torch.arange(1, x.shape[1] + W, device=x.device)
+    last = (rows.real * number[:x.shape[1]]).amax(1, keepdim=True)      # [B, 1], counted from 1
+    tail = torch.cat([before, x], 1).take_along_dim(
+        (last + number[:W - 1] - 1).unsqueeze(-1), 1)                   # [B, W-1, D]
+    return causal_conv(x, kernel, cache, activation="silu")[0], tail
+
+
+# What attention modules have called the cache: 5.24's name, the one before it, some families' own
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -285,6 +367,8 @@ def cache_layer(cache, layer_idx):
     """The LinearCacheLayer at `layer_idx` of a transformers Cache, put there at first use."""
     if cache is None:
         return None
+    if not isinstance(cache, Cache):
+        raise UserError(NO_CONTINUOUS_BATCHING)
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
@@ -328,9 +412,10 @@ def inverse_softplus(x):
 class LinearAttention(nn.Module):
     """What the three mixers share: projections, output gate, norm, padding, cache, making.
 
-    forward(hidden_states [B, T, C], attention_mask=None, past_key_values=None) -> ([B, T, C],
-    None), the calling convention of attention modules in transformers (`layer_past` in some
-    families; whatever else they pass is not needed here). A subclass adds its parameters in
+    forward(hidden_states [B, T, C], attention_mask=None, position_ids=None, cache=None) ->
+    ([B, T, C], None), the calling convention of attention modules in transformers (the cache has
+    several names, CACHE_NAMES; what else they pass is not needed here). ValueError for a mask or
+    a cache that a linear layer cannot use. A subclass adds its parameters in
     `add_parameters`, its neutral start in `start_neutral`, and its recurrence in `mix`.
     """
 
@@ -342,7 +427,7 @@ class LinearAttention(nn.Module):
         if init not in ("inherit", "random"):
             raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
         self.layer_idx, self.init = layer_idx, init
-        config = config.get_text_config(decoder=True)
+        config = self.config = config.get_text_config(decoder=True)
         self.hidden_size, self.head_dim = config.hidden_size, head_dim_of(attn, config)
         self.num_heads, biases, norms = config.num_attention_heads, [False] * 4, (None, None)
         self.clip_qkv = None
@@ -423,21 +508,43 @@ class LinearAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
-    def head_outputs(self, hidden_states, attention_mask=None, cache=None):
+    def rows(self, hidden_states, attention_mask, position_ids):
+        """How hidden_states [B, T, C] are laid out: a Rows, or None where each row is one document
+        without padding. Packed documents show in the mask, but flash attention gets none: it knows
+        them, in a batch of one, by their positions."""
+        B, T, _ = hidden_states.shape
+        if isinstance(attention_mask, torch.Tensor):
+            return Rows.of(attention_mask.expand(B, *attention_mask.shape[1:]), T)
+        if attention_mask is not None:
+            raise ValueError(f"a linear layer cannot read a mask of type "
+                             f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
+        flash = "flash" in str(self.config._attn_implementation)
+        if flash and B == 1 < T and position_ids is not None and position_ids.dim() == 2:
+            return Rows.of_positions(position_ids)
+        return None
+
+    def head_outputs(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
         """The input of o_proj, [B, T, H * D]: the module's output is linear in o_proj, so these
         are the features of the closed-form start (distill.py)."""
-        mask = padding_mask(attention_mask, hidden_states.shape[1])
         past = cache_layer(cache, self.layer_idx)
-        o, recurrent, conv = self.mix(hidden_states, mask if mask is None else mask.unsqueeze(-1),
-                                      past and past.recurrent, past and past.conv)
+        rows = self.rows(hidden_states, attention_mask, position_ids)
+        o, recurrent, conv = self.mix(
+            hidden_states if rows is None else rows.gather(hidden_states), rows,
+            past and past.recurrent, past and past.conv)
         if past is not None:
             past.store(recurrent, conv, hidden_states.shape[1])
+        o = o if rows is None else rows.scatter(o)
         return self.o_norm(o, self.heads(self.g_proj(hidden_states))).flatten(-2)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None,
-                **kwargs):
-        cache = layer_past if past_key_values is None else past_key_values
-        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache)), None
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, **kwargs):
+        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):
+                raise ValueError(f"a linear layer was given a cache under the name {name!r}, which "
+                                 f"transformers {transformers.__version__} may have brought: use "
+                                 "a version that README names.")
+        cache = caches[0] if caches else None
+        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache, position_ids)), None
 
 
 class GatedLinearAttention(LinearAttention):
@@ -457,12 +564,12 @@ class GatedLinearAttention(LinearAttention):
         bias = log_sigmoid - torch.log(-torch.expm1(log_sigmoid))
         self.decay_up.bias.copy_(bias.repeat_interleave(self.head_dim))
 
-    def mix(self, hidden_states, mask, recurrent, conv):
+    def mix(self, hidden_states, rows, recurrent, conv):
         q, k, v = self.project(hidden_states)
         g = F.logsigmoid(self.decay_up(self.decay_down(hidden_states)).float()) / GATE_NORMALIZER
         g = g.clamp(min=MIN_LOG_DECAY)
-        if mask is not None:                # a padded token writes nothing and forgets nothing
-            k, g = k * mask, g * mask
+        if rows is not None:
+            k, g = rows.written(k), rows.decays(g)
         o, recurrent = gated_linear_attention(
             self.heads(q), self.heads(k), self.heads(v), self.heads(g), recurrent)
         return o, recurrent, None
@@ -507,22 +614,20 @@ class GatedDeltaNet(LinearAttention):
     def start_neutral_conv(self):
         self.conv_kernel.copy_(identity_kernel(self.conv_kernel.shape[1]))
 
-    def convolve(self, hidden_states, mask, cache):
+    def convolve(self, hidden_states, rows, cache):
         """SiLU(conv) of q, k and v, each [B, T, H * D], and the convolution's new tail."""
         qkv = torch.cat(self.project(hidden_states), dim=-1)            # [B, T, 3 * H * D]
-        if mask is not None:
-            qkv = qkv * mask
-        qkv, cache = causal_conv(qkv, self.conv_kernel, cache, activation="silu")
+        qkv, cache = short_conv(qkv, self.conv_kernel, rows, cache)
         return *qkv.chunk(3, dim=-1), cache
 
-    def mix(self, hidden_states, mask, recurrent, conv):
-        q, k, v, conv = self.convolve(hidden_states, mask, conv)
+    def mix(self, hidden_states, rows, recurrent, conv):
+        q, k, v, conv = self.convolve(hidden_states, rows, conv)
         q, k = l2_normalize(self.heads(q)), l2_normalize(self.heads(k))
         beta = self.b_proj(hidden_states).float().sigmoid()             # [B, T, H]
         step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         g = -self.A_log.float().exp() * step                            # [B, T, H]
-        if mask is not None:
-            beta, g = beta * mask, g * mask
+        if rows is not None:
+            beta, g = rows.written(beta), rows.decays(g)
         o, recurrent = gated_delta_rule(q, k, self.heads(v), g, beta, recurrent)
         return o, recurrent, conv
 
@@ -544,13 +649,11 @@ class JetBlock(GatedDeltaNet):
         self.kernel_up.weight.zero_()
         self.kernel_up.bias.copy_(identity_kernel(self.num_heads * self.head_dim).flatten())
 
-    def convolve(self, hidden_states, mask, cache):
+    def convolve(self, hidden_states, rows, cache):
         q, k, v = self.project(hidden_states)
         kernel = self.kernel_up(F.silu(self.kernel_down(hidden_states)))
         kernel = kernel.unflatten(-1, (CONV_SIZE, -1))                  # [B, T, W, H * D]
-        if mask is not None:
-            v = v * mask
-        v, cache = causal_conv(v, kernel, cache, activation="silu")
+        v, cache = short_conv(v, kernel, rows, cache)
         return F.silu(q), F.silu(k), v, cache
 
 
@@ -580,6 +683,10 @@ def identity_kernel(channels):
 MODEL_TYPE_PREFIX = "dtr_"
 
 
+NO_CONTINUOUS_BATCHING = ("a hybrid's states do not fit into the pages of continuous batching "
+                          "(generate_batch): use generate() on a padded batch.")
+
+
 class HybridMixin:
     """Builds the base model, then swaps in the mixers that the config lists."""
 
@@ -592,6 +699,10 @@ class HybridMixin:
             attn = attention_modules(self)[layer_idx]
             swap(self, layer_idx, mixer(attn, config, layer_idx, config.linear_init))
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused here: an error in the middle of generate_batch would only be logged."""
+        raise UserError(NO_CONTINUOUS_BATCHING)
 
 
 def __getattr__(name):
