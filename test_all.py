@@ -62,6 +62,20 @@ FAMILIES = {
     "olmo": lambda: transformers.OlmoConfig(**SMALL, clip_qkv=0.5),
     "phi": lambda: transformers.PhiConfig(**{**SMALL, "num_key_value_heads": 4},
                                           qk_layernorm=True),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, use_qk_norm=True),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(
+        vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=None,
+        eos_token_id=None),
+    "persimmon": lambda: transformers.PersimmonConfig(**SMALL),
+}
+FALCON = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+              bos_token_id=None, eos_token_id=None)
+FALCONS = {         # its three layouts
+    "multi_query": lambda: transformers.FalconConfig(**FALCON),
+    "grouped": lambda: transformers.FalconConfig(**FALCON, new_decoder_architecture=True,
+                                                 num_kv_heads=2),
+    "per_head": lambda: transformers.FalconConfig(**FALCON, multi_query=False, bias=True),
 }
 DECODED = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma")
 
@@ -597,6 +611,25 @@ def test_inherited_projections_are_the_teachers_q_k_v(family):
         assert (mixer.o_proj.bias is None) == (wanted.bias is None)
 
 
+@pytest.mark.parametrize("layout", FALCONS)
+def test_falcon_is_inherited_in_its_three_layouts(layout):
+    """Each fuses q, k and v in an order of its own; Falcon itself says which rows are whose."""
+    model = random_model(FALCONS[layout]())
+    attn, x = attention_modules(model)[0], torch.randn(2, 7, 32)
+    mixer = MIXERS["gla"].from_attention(attn, model.config, 0)
+    for ours, theirs in zip(mixer.project(x), attn._split_heads(attn.query_key_value(x))):
+        assert relative(ours.unflatten(-1, (4, 8)), theirs.expand(2, 7, 4, 8)) < 1e-5
+
+
+def test_norms_per_head_are_not_taken_for_layers():
+    """StableLM has a list of norms in its attention, as long as the list of layers where it has
+    as many heads as layers."""
+    config = transformers.StableLmConfig(**{**SMALL, "num_hidden_layers": 4}, qk_layernorm=True)
+    model = random_model(config)
+    assert linear_attn.decoder_layers(model) is model.model.layers
+    assert len(attention_modules(model)) == 4
+
+
 def test_repeated_heads_follow_repeat_kv():
     from transformers.models.llama.modeling_llama import repeat_kv
     x = torch.randn(2, 5, 3 * 8)                                        # 3 key/value heads of 8
@@ -631,8 +664,7 @@ def test_every_parameter_learns_and_the_seed_decides(attn, init):
 
 
 def test_layouts_that_are_not_understood_are_refused_for_inherit():
-    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2,
-                                       num_attention_heads=4)
+    config = transformers.CodeGenConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
     model = random_model(config)
     attn = attention_modules(model)[0]
     with pytest.raises(UserError, match="--init random"):
