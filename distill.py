@@ -13,6 +13,7 @@ no-grad teacher forward; training some of them gives exactly what training all o
 The last line on stdout is the result as one JSON object.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -41,6 +42,7 @@ START_BATCHES = 8           # the closed-form start reads this many batches
 HELD_OUT = 32               # chunks
 SHUFFLE_BUFFER = 1024       # chunks of a stream that are mixed with each other
 CHECKPOINTS = 20            # per run
+LOG_EVERY = 10              # steps
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,12 +257,19 @@ def teacher_forward(model, input_ids, layers, visit):
                for layer in layers]
     try:
         with torch.no_grad():
-            model.get_decoder()(input_ids.to(model.device), use_cache=False)
+            ids = input_ids.to(model.device, non_blocking=True)
+            model.get_decoder()(ids, use_cache=False)
     except LastAttentionReached:
         pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+def to_host(tensors):
+    """Tensors of one shape, of whatever devices, as one on the CPU: the host waits once."""
+    first, *rest = tensors
+    return torch.stack([first, *(tensor.to(first.device) for tensor in rest)]).cpu()
 
 
 def student_precision(model):
@@ -279,21 +288,35 @@ def make_mixers(model, attn, layers, init, seed):
             .float().requires_grad_(True) for layer in layers}
 
 
+@contextlib.contextmanager
+def unrounded_products():
+    """fp32 matrix products in fp32: TF32 would keep 10 of 23 bits, fewer than the ridge needs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def closed_form_start(model, mixers, batches, share_batch=False):
     """Set every module's o_proj to the ridge regression of the teacher's attention outputs on the
     module's own head outputs: what it computes is linear in o_proj, so this is the best o_proj
     for its present features. With `share_batch` every rank has a part of the batches."""
-    normal = {}         # layer -> [X^T X | X^T Y], summed over tokens
+    normal = {}         # layer -> [X^T X | X^T Y] summed over tokens, fp64 [F (+ 1), F (+ 1) + C]
 
     def visit(layer, hidden_states, target):
         with student_precision(model):
-            features = mixers[layer].head_outputs(hidden_states).flatten(0, 1).double()  # [N, F]
-        target = target.flatten(0, 1).double()                                           # [N, C]
+            features = mixers[layer].head_outputs(hidden_states).float()            # [B, T, F]
         if mixers[layer].o_proj.bias is not None:
             features = F.pad(features, (0, 1), value=1.0)
-        products = features.T @ torch.cat([features, target], dim=1)
-        normal[layer] = normal.get(layer, 0) + products
+        both = torch.cat([features, target.float()], dim=-1)                        # [B, T, F + C]
+        with unrounded_products():
+            # Many GPUs have hardly any fp64. Sums of one sequence are short enough for fp32, and
+            # they are the same on any number of ranks.
+            for x, xy in zip(features, both):
+                normal[layer] = normal.get(layer, 0) + (x.T @ xy).double()
 
     for batch in batches:
         teacher_forward(model, batch, list(mixers), visit)
@@ -314,7 +337,8 @@ def held_out_error(model, mixers, chunks, batch_size, share_batch=False):
     """{layer: {"mse", "relative_mse", "cosine"}} on held-out chunks [N, T]. Relative: over the
     variance of the target over all elements. Cosine: mean over tokens. With `share_batch` the
     ranks take turns with the batches."""
-    sums = {layer: torch.zeros(5, dtype=torch.float64) for layer in mixers}
+    sums = {layer: torch.zeros(4, dtype=torch.float64, device=mixer.o_proj.weight.device)
+            for layer, mixer in mixers.items()}
 
     def visit(layer, hidden_states, target):
         with student_precision(model):
@@ -322,19 +346,20 @@ def held_out_error(model, mixers, chunks, batch_size, share_batch=False):
         output, target = output.double(), target.double()
         cosine = F.cosine_similarity(output, target, dim=-1)
         sums[layer] += torch.stack([(output - target).square().sum(), target.sum(),
-                                    target.square().sum(), cosine.sum(),
-                                    torch.tensor(float(target.numel()))]).cpu()
+                                    target.square().sum(), cosine.sum()])
 
     for batch in chunks.split(batch_size)[rank() if share_batch else 0::
                                           world_size() if share_batch else 1]:
         teacher_forward(model, batch, list(mixers), visit)
     errors = {}
-    for layer, parts in sums.items():
-        squares, total, total_squares, cosine, count = add_up(parts) if share_batch else parts
+    tokens = chunks.numel()
+    count = tokens * model.config.get_text_config(decoder=True).hidden_size
+    totals = to_host(sums.values())                                                     # [L, 4]
+    if share_batch:
+        add_up(totals)
+    for layer, (squares, total, total_squares, cosine) in zip(sums, totals.tolist()):
         mse, variance = squares / count, total_squares / count - (total / count) ** 2
-        tokens = count / model.config.get_text_config(decoder=True).hidden_size
-        errors[layer] = {"mse": mse.item(), "relative_mse": (mse / variance).item(),
-                         "cosine": (cosine / tokens).item()}
+        errors[layer] = {"mse": mse, "relative_mse": mse / variance, "cosine": cosine / tokens}
     return errors
 
 
@@ -393,14 +418,23 @@ def train_step(model, mixers, optimizers, batch, lr, share_batch=False):
     return losses
 
 
-def check_finite(losses, step):
-    first, *_ = losses.values()
-    values = torch.stack([loss.to(first.device) for loss in losses.values()]).cpu()
+def check_finite(losses, last):
+    """The losses [{layer: loss}, ...] of successive steps up to `last` -> those of that step, as
+    numbers. Raises FloatingPointError naming the first layer and step without a finite one."""
+    values = to_host(loss for step in losses for loss in step.values()).view(len(losses), -1)
     if not values.isfinite().all():
-        layer = list(losses)[int((~values.isfinite()).nonzero()[0])]
-        raise FloatingPointError(f"the loss of layer {layer} is not finite at step {step}; try a "
-                                 "smaller --lr")
-    return values.tolist()
+        step, layer = (~values.isfinite()).nonzero()[0].tolist()
+        raise FloatingPointError(f"the loss of layer {list(losses[0])[layer]} is not finite at "
+                                 f"step {last - len(losses) + 1 + step}; try a smaller --lr")
+    return dict(zip(losses[0], values[-1].tolist()))
+
+
+def check_weights(mixers, step):
+    """A finite loss can have a gradient that is not: no such weights are saved."""
+    for layer, mixer in mixers.items():
+        if not to_host(p.isfinite().all() for p in mixer.parameters()).all():
+            raise FloatingPointError(f"the weights of layer {layer} are not finite after step "
+                                     f"{step}; try a smaller --lr")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -617,16 +651,20 @@ def distill(model, corpus, args, out, layers):
         journal.write(event="held-out", step=0, errors=so_far["start"])
     stream = batches_of_rank(corpus, args, first, share_batch)
     every, began = max(1, steps // CHECKPOINTS), time.perf_counter() - so_far["seconds"]
+    unseen = []         # losses that are still on the device
     bar = progress(range(first, steps), initial=first, total=steps, desc="distill", unit="step")
     for step in bar:
         lr = learning_rate(step, steps, args.lr)
-        losses = train_step(model, mixers, optimizers, next(stream), lr, share_batch)
-        losses = dict(zip(mixers, check_finite(losses, step)))
-        if (step + 1) % 10 == 0 or step + 1 == steps:
+        unseen.append(train_step(model, mixers, optimizers, next(stream), lr, share_batch))
+        report, save = ((step + 1) % n == 0 or step + 1 == steps for n in (LOG_EVERY, every))
+        if report or save:      # the host waits for the GPU here alone
+            losses, unseen = check_finite(unseen, step), []
+        if report:
             losses = merged(losses)
             bar.set_postfix(loss=f"{sum(losses.values()) / len(losses):.3e}")
             journal.write(event="train", step=step + 1, lr=lr, loss=losses)
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if save:
+            check_weights(kept, step)
             so_far["seconds"] = time.perf_counter() - began
             save_checkpoint(out, step + 1, kept, optimizers, so_far)
     end = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size, share_batch))

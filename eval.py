@@ -1226,12 +1226,20 @@ def forward_overhead(model):
     return 64 if model.device.type == "cpu" else 4096
 
 
+def send(tensor, device):
+    """A tensor of the CPU on `device`; the CPU does not wait for a GPU to do what came before."""
+    return tensor.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def head_only_at(model, scored):
-    """Within the block the LM head sees only the positions where `scored` (bool [B, T]) is true;
-    the logits come out flattened, [number of true, vocabulary]."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: (args[0][scored],))
+    """Within the block the LM head sees only the positions where `scored` (bool [B, T], on the CPU)
+    is true; the logits come out flattened, [number of true, vocabulary]."""
+    places = scored.flatten().nonzero().squeeze(1)              # a mask's on a GPU makes it wait
+
+    def choose(module, args):           # the head's GPU need not be the model's first
+        return args[0].flatten(0, 1).index_select(0, send(places, args[0].device)),
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:
         yield
     finally:
@@ -1270,23 +1278,24 @@ def read(model, ids, scored, cache=None, mask=None, positions=None):
     N positions where `scored` [B, T] is true."""
     kwargs = {}
     if mask is not None:
-        kwargs = {"attention_mask": mask.long().to(model.device),
-                  "position_ids": positions.to(model.device)}
-    with head_only_at(model, scored.to(model.device)), grouped_heads(model):
-        logits = model(ids.to(model.device), past_key_values=cache, use_cache=cache is not None,
-                       **kwargs).logits
+        kwargs = {"attention_mask": send(mask.long(), model.device),
+                  "position_ids": send(positions, model.device)}
+    with head_only_at(model, scored), grouped_heads(model):
+        logits = model(send(ids, model.device), past_key_values=cache,
+                       use_cache=cache is not None, **kwargs).logits
     return logits.float().log_softmax(-1)
 
 
-def add_log_probs(sums, log_probs, rows, owners, tokens):
-    """sums[owner] += log_probs[row, token], in fp64, for all triples of three tensors."""
-    picked = log_probs[rows.to(log_probs.device), tokens.to(log_probs.device)]
-    sums.index_add_(0, owners, picked.cpu().double())
+def pick(found, log_probs, rows, owners, tokens):
+    """Add (owners, log_probs[row, token]), three tensors of one length, to the list `found`. The
+    numbers stay on the device: to fetch them is to wait for the forward."""
+    rows, tokens = send(torch.stack([rows, tokens]), log_probs.device)
+    found.append((owners, log_probs[rows, tokens]))
 
 
-def read_rows(model, requests, rows, sums, *memory):
+def read_rows(model, requests, rows, found, *memory):
     """One forward of rows (request, tokens), after `memory` (cache, mask, positions) if they go
-    on from something; adds the log-probabilities of the tokens scored to sums[request]."""
+    on from something; adds (requests, log-probabilities of the tokens scored) to `found`."""
     tokens, real = pad([tokens for _, tokens in rows])                      # [R, T + 1]
     ids, targets, ends = tokens[:, :-1], tokens[:, 1:], real.sum(1, keepdim=True) - 1
     owners = torch.tensor([i for i, _ in rows])
@@ -1294,11 +1303,11 @@ def read_rows(model, requests, rows, sums, *memory):
     place = torch.arange(ids.shape[1])
     scored = (place >= ends - counts) & (place < ends)                      # [R, T]
     log_probs = read(model, ids, scored, *memory)                           # [N, V]
-    add_log_probs(sums, log_probs, torch.arange(len(log_probs)),
-                  owners.repeat_interleave(counts.squeeze(1)), targets[scored])
+    pick(found, log_probs, torch.arange(len(log_probs)),
+         owners.repeat_interleave(counts.squeeze(1)), targets[scored])
 
 
-def read_prefixes(model, requests, groups, sums):
+def read_prefixes(model, requests, groups, found):
     """One forward of the prefixes of groups. Their last position gives the log-probability of every
     member's first token, all that single-token choices need. Returns what the members with more
     go on from, and these: (cache, mask [B, P], [(row, request, tokens)]), padded on the left, so
@@ -1317,7 +1326,7 @@ def read_prefixes(model, requests, groups, sums):
     first = [(row, i, tokens[0]) for row, i, tokens in members
              if 0 < len(tokens) <= requests[i].scored]
     if first:
-        add_log_probs(sums, log_probs, *torch.tensor(first).unbind(1))
+        pick(found, log_probs, *torch.tensor(first).unbind(1))
     return memory[0], real, tails
 
 
@@ -1334,14 +1343,14 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
         return slices(sorted(rows, key=lambda row: -length(row)), batch_size, length,
                       forward_overhead(model))
 
-    sums = torch.zeros(len(requests), dtype=torch.float64)
+    found = []
     members = [i for group in groups for i in group.members]
     alone = [(i, requests[i].tokens) for group in groups if len(group.members) == 1
              for i in group.members if requests[i].scored > 0]
     for rows in cut(alone, lambda row: len(row[1])):
-        read_rows(model, requests, rows, sums)
+        read_rows(model, requests, rows, found)
     sharing = [group for group in groups if len(group.members) > 1]
-    parts = [read_prefixes(model, requests, part, sums)
+    parts = [read_prefixes(model, requests, part, found)
              for part in cut(sharing, lambda group: len(group.prefix))]
     parts, room = [part for part in parts if part[2]], has_room(model)
     if parts and room:
@@ -1349,8 +1358,13 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
     for cache, mask, tails in parts:
         for some in cut(tails, lambda tail: len(tail[2])):
             rows, owners, tokens = zip(*some)
-            read_rows(model, requests, list(zip(owners, tokens)), sums,
-                      *forked(cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1, room))
+            read_rows(model, requests, list(zip(owners, tokens)), found,
+                      *forked(cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1, room,
+                              model.device))
+    sums = torch.zeros(len(requests), dtype=torch.float64)
+    if found:
+        owners, log_probs = map(torch.cat, zip(*found))
+        sums.index_add_(0, owners, log_probs.cpu().double())    # the only wait for the device
     return dict(zip(members, sums[members].tolist()))
 
 
@@ -1388,7 +1402,7 @@ def joined(parts):
     return whole, mask, tails
 
 
-def forked(cache, mask, rows, new_tokens, room):
+def forked(cache, mask, rows, new_tokens, room, device):
     """What `new_tokens` (their number) after the prefixes in `rows` go on from: a cache with
     copies of these rows, which leaves `cache` as it is; the mask [R, P + T]; positions [R, T].
 
@@ -1408,22 +1422,27 @@ def forked(cache, mask, rows, new_tokens, room):
                 layer.seen -= skip
             elif layer.get_seq_length() > 0:
                 layer.keys, layer.values = layer.keys[:, :, skip:], layer.values[:, :, skip:]
-    fork.reorder_cache(rows)            # batch_select_indices takes three times as long, and not
-                                        # all layers have it
+    fork.reorder_cache(send(rows, device))  # once: each layer would send them twice.
+    # batch_select_indices takes three times as long, and not all layers have it
     return (fork, torch.nn.functional.pad(mask, (0, new_tokens), value=True),
             mask.sum(1, keepdim=True) + torch.arange(new_tokens))
 
 
 class StopOnText(transformers.StoppingCriteria):
-    """A row is done when its new text contains one of its stop strings."""
+    """A row is done when its new text contains one of its stop strings. Only the last tokens are
+    decoded, for those before were looked at when they were new: as many as the longest stop string
+    has bytes, since a token has one at least, and a few for special tokens, which have none."""
 
     def __init__(self, tokenizer, stops, prompt_length):
-        self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.stops = [list(filter(None, some)) for some in stops]
+        self.reach = 8 + max(len(stop.encode()) for some in [[""], *self.stops] for stop in some)
 
     def __call__(self, ids, scores, **kwargs):
-        texts = self.tokenizer.batch_decode(ids[:, self.prompt_length:], skip_special_tokens=True)
-        done = [any(s and s in text for s in stops) for text, stops in zip(texts, self.stops)]
-        return torch.tensor(done, device=ids.device)
+        recent = ids[:, max(self.prompt_length, ids.shape[1] - self.reach):].tolist()
+        texts = self.tokenizer.batch_decode(recent, skip_special_tokens=True)
+        done = [any(stop in text for stop in stops) for text, stops in zip(texts, self.stops)]
+        return send(torch.tensor(done), ids.device)
 
 
 @torch.no_grad()
@@ -1435,13 +1454,13 @@ def batch_generate(model, tokenizer, requests, groups):
     steps, width = [request.limits["max_gen_toks"] for request in asked], ids.shape[1]
     eos = [tokenizer.eos_token] if tokenizer.eos_token else []  # ends a text as characters, too
     out = model.generate(
-        ids.to(model.device), attention_mask=real.long().to(model.device), do_sample=False,
+        send(ids, model.device), attention_mask=send(real.long(), model.device), do_sample=False,
         num_beams=1, max_new_tokens=max(steps), pad_token_id=_pad_id(tokenizer),
         temperature=None, top_p=None, top_k=None,
         stopping_criteria=transformers.StoppingCriteriaList(
             [StopOnText(tokenizer, [r.limits["until"] + eos for r in asked], width)]))
     texts = [tokenizer.decode(row[width: width + n], skip_special_tokens=True)
-             for row, n in zip(out, steps)]
+             for row, n in zip(out.tolist(), steps)]
     texts = [text.split(eos[0])[0] if eos else text for text in texts]
     return {i: text for group, text in zip(groups, texts) for i in group.members}
 

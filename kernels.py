@@ -27,7 +27,9 @@ To copy: this file alone; it needs torch and, for the kernels, triton.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 import sys
 
@@ -247,6 +249,7 @@ class _DeltaRule(torch.autograd.Function):
                 _from_chunks(x.unsqueeze(-1), out.unsqueeze(-1), tokens)
         return *grads, dS1.view(dstate.shape)
 
+@torch.compiler.disable       # torch.compile would break it into many small graphs
 @_full_precision
 def gated_delta_rule(q, k, v, g, beta, initial_state=None, backend="auto"):
     """Gated delta rule, chunkwise: matrix products inside chunks, a short scan between them.
@@ -405,6 +408,7 @@ def _blocks(P, c, below=False):
     return P.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
 
 
+@torch.compiler.disable
 @_full_precision
 def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
     """Gated linear attention, chunkwise: matrix products inside chunks, a short scan between them.
@@ -457,6 +461,7 @@ class _CausalConv(torch.autograd.Function):
         return dx.to(x.dtype), torch.stack(dtaps, -2).to(kernel.dtype), None
 
 
+@torch.compiler.disable
 def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
     """Depthwise convolution over time that sees the present and the W-1 tokens before it.
 
@@ -636,53 +641,99 @@ def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: t
 
 
 @_jit
-def _channel_decay(x):
-    """GLA: G and its last row, by channel, in units of 2^-18, in int32, which holds 64 times -120:
-    fp32 would lose weak decays behind strong ones. Rows past the sequence's end decay nothing."""
-    whole, part = _cumulative_decay(x)
-    G = (whole * 2.0 ** 18).to(tl.int32) + tl.floor(part * 2.0 ** 18 + 0.5).to(tl.int32)
-    last = tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1
-    return G, tl.sum(tl.where(last, G, 0), 0)
+def _halves_first(C: tl.constexpr):
+    """GLA's order of a chunk's rows: the first 8 of every block of 16 rows, then the last 8. A tile
+    of BK = 32 channels then gives each of four warps a block, and sums over it stay in the warp."""
+    i = tl.arange(0, C)
+    return i // 8 % (C // 16) * 16 + i // (C // 2) * 8 + i % 8
 
 
 @_jit
-def _exp_fixed(G):
-    return tl.exp(G.to(tl.float32) * 2.0 ** -18)
+def _channel_decay(g):
+    """GLA: log2 of the decay, rows as _halves_first has them, from a block's middle to a row
+    [C,BK], from the block's start to its middle and from there to its end, both [C/16,BK]. 8 rows
+    of -5 lie on either side of the middle, so that exp(40) is the largest factor there is."""
+    # tl.maximum would take a NaN for the strongest decay
+    g = tl.maximum(g.to(tl.float32), -5.0, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
+    blocks: tl.constexpr = g.shape[0] // 16
+    halves = tl.reshape(g, [2, blocks, 8, g.shape[1]])
+    first = tl.arange(0, 2)[:, None, None] == 0
+    sums = tl.sum(halves, 2)                                                # [2,C/16,BK]
+    to_middle = tl.where(first, sums, 0.0)
+    G = tl.cumsum(halves, 2) - to_middle[:, :, None, :]
+    return tl.reshape(G, g.shape), tl.sum(to_middle, 0), tl.sum(tl.where(first, 0.0, sums), 0)
 
 
 @_jit
-def _level_decay(G, rows, level):
-    """GLA, at one level: exp of the log decay between each row and the border at which its block
-    is joined, for rows behind the border from it, for rows before it to it. Both are <= 1, and
-    their product is the decay between the two rows, however strong."""
-    border = (rows >> (level + 1) << (level + 1)) + (1 << level) - 1
-    return _exp_fixed(-tl.abs(G - tl.gather(G, tl.broadcast_to(border[:, None], G.shape), 0)))
+def _scaled(x, factor):
+    """x [C,BK] times the row of factor [C/16,BK] that belongs to its block."""
+    y = tl.reshape(x, [2, factor.shape[0], 8, x.shape[1]]) * factor[None, :, None, :]
+    return tl.reshape(y, x.shape)
+
+
+@_jit
+def _join(total, BLOCKS: tl.constexpr):
+    """Joins neighbours two by two: from log2 of the decay over each of them, [n,BK], the decay that
+    later queries and earlier keys gain, for each block of 16 rows [C/16,BK], and log2 of the decay
+    over pairs, [n/2,BK]."""
+    pairs: tl.constexpr = total.shape[0] // 2
+    BK: tl.constexpr = total.shape[1]
+    pair = tl.reshape(total, [pairs, 2, BK])
+    both = tl.sum(pair, 1)
+    other = tl.exp2(both[:, None, :] - pair)
+    late = tl.arange(0, 2)[None, :, None] == 1
+    for_q, for_k = tl.where(late, other, 1.0), tl.where(late, 1.0, other)
+    shape: tl.constexpr = [pairs, 2, BLOCKS // (2 * pairs), BK]
+    for_q = tl.reshape(tl.broadcast_to(for_q[:, :, None, :], shape), [BLOCKS, BK])
+    for_k = tl.reshape(tl.broadcast_to(for_k[:, :, None, :], shape), [BLOCKS, BK])
+    return for_q, for_k, both
+
+
+@_jit
+def _sums_to_end(x):
+    """Sums over a row of x [C,BK] and all later ones, rows as _halves_first has them."""
+    halves = tl.reshape(x, [2, x.shape[0] // 16, 8, x.shape[1]])
+    first = tl.arange(0, 2)[:, None, None] == 0
+    sums = tl.sum(halves, 2)                                                # [2,C/16,BK]
+    blocks = tl.sum(sums, 0)[None, :, :]
+    later = tl.sum(blocks, 1)[:, None, :] - tl.cumsum(blocks, 1)
+    later += tl.where(first, tl.sum(tl.where(first, 0.0, sums), 0)[None, :, :], 0.0)
+    return tl.reshape(tl.cumsum(halves, 2, reverse=True) + later[:, :, None, :], x.shape)
 
 
 @_jit
 def _gla_chunk(q, k, g, P, q_in, k_out, decays, T, H, K: tl.constexpr, BK: tl.constexpr,
-               C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+               C: tl.constexpr, PREC: tl.constexpr):
     """What the scan needs: q_in = K^-0.5 exp(G) . Q, k_out = exp(G_C - G) . K, exp(G_C), and P_ts =
     K^-0.5 sum_d q_td k_sd exp(G_td - G_sd). The decay in P differs by channel, so it has to be
-    split into a factor for q and one for k. One product per level does that for all pairs joined
-    there; the diagonal has no decay."""
+    split into a factor for q and one for k: inside blocks of 16 rows at the middle row, and
+    between blocks, joined two by two, at the border, where both factors are <= 1."""
     chunk, left, token = _chunk(tl.program_id(0), T, H, C)
-    rows, stride, token = tl.arange(0, C), H * K, token * K
-    Pc, diagonal = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    rows, stride, token = _halves_first(C), H * K, token * K
+    P16 = tl.zeros([C, C], tl.float32)
+    P32, P64 = P16, P16
     for start in range(0, K, BK):
         cols = start + tl.arange(0, BK)
-        G, G_end = _channel_decay(_load(g + token, rows, cols, stride, left, K))
+        G, middle, total = _channel_decay(_load(g + token, rows, cols, stride, left, K))
         qc = _load(q + token, rows, cols, stride, left, K).to(tl.float32)   # [C,BK]
         kc = _load(k + token, rows, cols, stride, left, K).to(tl.float32)
-        _store(q_in + token, qc * _exp_fixed(G) * K ** -0.5, rows, cols, stride, left, K)
-        _store(k_out + token, kc * _exp_fixed(G_end[None, :] - G), rows, cols, stride, left, K)
-        tl.store(decays + chunk * K + cols, _exp_fixed(G_end), mask=cols < K)
-        diagonal += tl.sum(qc * kc, 1)
-        for level in range(LEVELS):
-            decay = _level_decay(G, rows, level)
-            pairs = tl.dot(qc * decay, tl.trans(kc * decay), input_precision=PREC)
-            Pc += tl.where(_joined(rows, level), pairs, 0.0)
-    Pc = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], Pc)
+        qc, kc = qc * tl.exp2(G), kc * tl.exp2(-G)
+        P16 = tl.dot(qc, tl.trans(kc), P16, input_precision=PREC)
+        qc, kc, total = _scaled(qc, tl.exp2(middle)), _scaled(kc, tl.exp2(total)), middle + total
+        if C > 16:
+            P32 = tl.dot(qc, tl.trans(kc), P32, input_precision=PREC)
+            for_q, for_k, total = _join(total, C // 16)
+            qc, kc = _scaled(qc, for_q), _scaled(kc, for_k)
+        if C > 32:
+            P64 = tl.dot(qc, tl.trans(kc), P64, input_precision=PREC)
+            for_q, for_k, total = _join(total, C // 16)
+            qc, kc = _scaled(qc, for_q), _scaled(kc, for_k)
+        _store(q_in + token, qc * K ** -0.5, rows, cols, stride, left, K)
+        _store(k_out + token, kc, rows, cols, stride, left, K)
+        tl.store(decays + chunk * K + cols, tl.exp2(tl.sum(total, 0)), mask=cols < K)
+    t, s = rows[:, None], rows[None, :]
+    Pc = tl.where((t >> 4 == s >> 4) & (t >= s), P16, tl.where(_joined(rows, 4), P32, 0.0))
+    Pc = tl.where(_joined(rows, 5), P64, Pc)
     _store(P + chunk * C * C, Pc * K ** -0.5, rows, rows, C, C, C)
 
 
@@ -868,10 +919,9 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
 
 @_jit
 def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-                   PREC: tl.constexpr):
+                   BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
-    blocks, rows, stride = tl.cdiv(K, BK), tl.arange(0, C), H * K
+    blocks, rows, stride = tl.cdiv(K, BK), _halves_first(C), H * K
     chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     t, s = rows[:, None], rows[None, :]
@@ -890,23 +940,37 @@ def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: 
         dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
     qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
     kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
-    G, G_end = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
-    dP *= K ** -0.5
-    dqc *= _exp_fixed(G) * K ** -0.5
-    dk_out *= _exp_fixed(G_end[None, :] - G)
-    dkc = tl.zeros([C, BK], tl.float32)
-    for level in tl.range(LEVELS, disable_licm=True):       # masks kept across levels would spill
-        factor = _level_decay(G, rows, level)
-        pairs = tl.where(_joined(rows, level), dP, 0.0)
-        dqc += factor * tl.dot(pairs, kc * factor, input_precision=PREC)
-        dkc += factor * tl.dot(tl.trans(pairs), qc * factor, input_precision=PREC)
+    G, middle, total = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
+    from_middle, to_middle = tl.exp2(G), tl.exp2(-G)
+    for_q, for_k, total = tl.exp2(middle), tl.exp2(total), middle + total
+    dP, dkc = dP * K ** -0.5, tl.zeros([C, BK], tl.float32)
+    dqc *= K ** -0.5
+    # operands of the products: inside blocks of 16 rows, of 32, of 64
+    q16, k16, to_end = qc * from_middle, kc * to_middle, for_k              # to the chunk's end
+    if C > 16:
+        q32, k32 = _scaled(q16, for_q), _scaled(k16, for_k)
+        for_q32, for_k32, total = _join(total, C // 16)
+        to_end *= for_k32
+        if C > 32:
+            q64, k64 = _scaled(q32, for_q32), _scaled(k32, for_k32)
+            for_q64, for_k64, total = _join(total, C // 16)
+            to_end *= for_k64
+            pairs = tl.where(_joined(rows, 5), dP, 0.0)
+            dqc = tl.dot(pairs, k64, _scaled(dqc, for_q64), input_precision=PREC)
+            dkc = tl.dot(tl.trans(pairs), q64, dkc, input_precision=PREC)
+        pairs = tl.where(_joined(rows, 4), dP, 0.0)
+        dqc = tl.dot(pairs, k32, _scaled(dqc, for_q32), input_precision=PREC)
+        dkc = tl.dot(tl.trans(pairs), q32, _scaled(dkc, for_k32), input_precision=PREC)
+    pairs = tl.where((t >> 4 == s >> 4) & (t > s), dP, 0.0)
+    dqc = from_middle * tl.dot(pairs, k16, _scaled(dqc, for_q), input_precision=PREC)
+    dkc = to_middle * tl.dot(tl.trans(pairs), q16, _scaled(dkc, for_k), input_precision=PREC)
+    dk_out = to_middle * _scaled(dk_out, to_end)
     # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
-    dG, to_end = qc * dqc - kc * dkc, kc * dk_out
-    later = tl.cumsum(dG, 0, reverse=True)
-    later = tl.dot(tl.where(t > s, 1.0, 0.0), to_end, later, input_precision=PREC)
-    later += (_exp_fixed(G_end) * kept)[None, :]
+    out_sum = kc * dk_out
+    dgc = _sums_to_end(qc * dqc - kc * dkc - out_sum)
+    dgc += (tl.sum(out_sum, 0) + tl.exp2(tl.sum(total, 0)) * kept)[None, :]
     diagonal = tl.sum(tl.where(t == s, dP, 0.0), 1)[:, None]
-    _store(dg + token * K, later, rows, keys, stride, left, K)
+    _store(dg + token * K, dgc, rows, keys, stride, left, K)
     _store(dq + token * K, dqc + diagonal * kc, rows, keys, stride, left, K)
     _store(dk + token * K, dkc + dk_out + diagonal * qc, rows, keys, stride, left, K)
 
@@ -1096,22 +1160,24 @@ def _config(q, V, delta):
         # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
         # room for 32 columns. With fewer programs than processors, narrow ones are the faster.
         wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
-        chunk = (64, 4) if delta else (32, 8)
+        chunk = (64, 4) if delta else (32, 4)
         scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
         gradients = (64 if delta and min(KP, VP) > 64 else 32, 64, 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
-        chunk = (64, 4) if delta else (32, 8)
+        chunk = (64, 4) if delta else (32, 4)
         scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
         gradients = (32, 32, 8)
-    common, levels = dict(C=C, K=K, PREC=precision), dict(LEVELS=C.bit_length() - 1)
-    chunk = common | levels | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
+    common = dict(C=C, K=K, PREC=precision)
+    chunk = common | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
+    if delta:
+        chunk["LEVELS"] = C.bit_length() - 1
     scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1],
                          num_stages=scan_stages)
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
                               num_warps=gradients[2], num_stages=stages)
-    return {"chunk": chunk, "scan": scan, "gradients": gradients | ({} if delta else levels)}
+    return {"chunk": chunk, "scan": scan, "gradients": gradients}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1222,6 +1288,7 @@ def _run_step(q, k, v, g, beta, state, end):
     return o, end
 
 
+@torch.compiler.disable
 def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, backend="auto"):
     """A few tokens of decoding, without gradients: the delta rule, or GLA where beta is None.
 
@@ -1252,6 +1319,7 @@ def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, bac
 # -----------------------------------------------------------------------------
 # python kernels.py: the check
 
+OPS = ("gated_delta_rule", "gated_linear_attention")
 # relative RMS error against the fp64 loop on the same, rounded inputs
 TOLERANCES = {
     torch.float32: (1e-5, {"dg": 2e-4}),
@@ -1280,15 +1348,26 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
     return {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
 
 
-def _outputs_and_grads(function, inputs, out_grads=None):
-    """{"o", "state", "dq", ...} of function(*inputs); without out_grads no gradients."""
-    leaves = [x.detach().requires_grad_(out_grads is not None) for x in inputs.values()]
+def _outputs_and_grads(function, inputs, out_grads):
+    """{"o", "state", "dq", ...} of function(*inputs)."""
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
     outputs = function(*leaves)
-    results = dict(zip(("o", "state"), outputs))
-    if out_grads is not None:
-        grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
-        results |= {"d" + name: x for name, x in zip(inputs, grads)}
-    return results
+    grads = torch.autograd.grad(outputs, leaves, [x.to(y) for x, y in zip(out_grads, outputs)])
+    return dict(zip(("o", "state"), outputs)) | {"d" + name: x for name, x in zip(inputs, grads)}
+
+
+@contextlib.contextmanager
+def _poisoned():
+    """New tensors hold NaN until they are written, so that a place no kernel writes is seen."""
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory, True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _check_case(op, shape, decay, dtype, device):
@@ -1302,15 +1381,18 @@ def _check_case(op, shape, decay, dtype, device):
     else:
         ours = lambda *x: globals()[op](*x, backend="triton")
         loop = globals()[op + "_recurrent"]
-    out_grads = [torch.randn_like(x) for x in loop(*exact.values())]
+    # rounded once, to what the kernels return, so that both ways get the same gradients
+    out_grads = [torch.randn_like(x, dtype=dtype if i == 0 or op == "causal_conv" else x.dtype)
+                 for i, x in enumerate(ours(*inputs.values()))]
     expected = _outputs_and_grads(loop, exact, out_grads)
-    results = _outputs_and_grads(ours, inputs, out_grads)
-    if op != "causal_conv":
-        x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
-        o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
-                                  backend="triton")
-        results |= {"step o": o, "step state": state}
-        expected |= {"step o": expected["o"], "step state": expected["state"]}
+    with _poisoned():
+        results = _outputs_and_grads(ours, inputs, out_grads)
+        if op != "causal_conv":
+            x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
+            o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
+                                      backend="triton")
+            results |= {"step o": o, "step state": state}
+            expected |= {"step o": expected["o"], "step state": expected["state"]}
     errors = {}
     for name, y in expected.items():
         difference = (results[name].double() - y).abs()
@@ -1319,34 +1401,41 @@ def _check_case(op, shape, decay, dtype, device):
     return errors
 
 
-def check(device):
-    """Every op against its loop in fp64; prints the worst errors over all cases beside their
-    tolerance. Returns how many tensors were checked and how many failed (NaN fails)."""
-    on_gpu, worst, cases = device == "cuda", {}, 0
-    shapes = [(1, 17, 3, 16, 16), (1, 65, 1, 24, 40)]
+def _check_cases(device):
+    """(op, dtype, shape, decay) of all cases: the smaller head dims last."""
+    on_gpu = device == "cuda"
+    shapes = [(1, 65, 1, 24, 40), (1, 17, 3, 16, 16)]
     if on_gpu:
-        shapes += [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
-                   (1, 200, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64)]
-    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * on_gpu
-    for dtype in dtypes:
-        for op in ("gated_delta_rule", "gated_linear_attention", "causal_conv"):
+        shapes = [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
+                  (1, 200, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64), *shapes]
+    for dtype in KERNEL_DTYPES if on_gpu else (torch.float32, torch.float16):
+        for op in (*OPS, "causal_conv"):
             for shape in shapes:
                 for decay in (("static", "per token") if op == "causal_conv" else
                               ("strong", "mild", "none") if on_gpu else ("strong", "mild")):
-                    for name, errors in _check_case(op, shape, decay, dtype, device).items():
-                        worst.setdefault((op, dtype, name), []).append(errors)
-                        cases += 1
-    print(f"{'op':24}{'inputs':10}{'tensor':12}{'rms error':>10}{'tolerance':>11}{'max error':>11}")
-    failures = 0
-    for (op, dtype, name), errors in worst.items():
+                    yield op, dtype, shape, decay
+
+
+def check(device, only=lambda op, dtype: True):
+    """Every op against its loop in fp64: a line per case, its name before it runs, so that a crash
+    names it, and then the tensor nearest its tolerance. Returns how many tensors were checked and
+    how many failed (NaN fails)."""
+    checked = failures = 0
+    for op, dtype, shape, decay in _check_cases(device):
+        if not only(op, dtype):
+            continue
+        print(f"{op:24}{str(dtype)[6:]:10}{str(list(shape)):22}{decay:10}", end="", flush=True)
         default, special = TOLERANCES[dtype]
-        tolerance = special.get(name, default)
-        rms, largest = (max(x, key=lambda e: (e != e, e)) for x in zip(*errors))   # NaN is largest
-        failed = not rms <= tolerance
-        failures += failed
-        print(f"{op:24}{str(dtype)[6:]:10}{name:12}{rms:10.1e}{tolerance:11.0e}{largest:11.1e}"
-              + ("  FAILED" if failed else ""))
-    return cases, failures
+        rows = []
+        for name, (rms, largest) in _check_case(op, shape, decay, dtype, device).items():
+            tolerance = special.get(name, default)
+            share = rms / tolerance if rms == rms else float("inf")
+            rows.append((share, f"{name}: rms error {rms:.1e} of {tolerance:.0e}, "
+                                f"max error {largest:.1e}"))
+        failed = [line for share, line in rows if share > 1]
+        print("FAILED " + "; ".join(failed) if failed else max(rows)[1], flush=True)
+        checked, failures = checked + len(rows), failures + len(failed)
+    return checked, failures
 
 
 # -----------------------------------------------------------------------------
@@ -1466,7 +1555,6 @@ def compile_all(archs):
 # -----------------------------------------------------------------------------
 # python kernels.py on a GPU: the benchmark
 
-OPS = ("gated_delta_rule", "gated_linear_attention")
 GOALS = ((4, 2048, 16, 128), (8, 1024, 8, 64), (2, 16384, 16, 128), (1, 8192, 96, 128))  # B T H K=V
 
 
@@ -1489,22 +1577,15 @@ def cost(op, B, T, H, K, V, backward=False):
     return tokens * memory, tokens * flops
 
 
-def _turns(functions, bench):
-    """{name: [median, p20, p80] in ms}. The functions take turns, three times, so that a card that
-    warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
-    rounds = {name: [] for name in functions}
-    for _ in range(3):
-        for name, function in functions.items():
-            try:
-                times = bench(function, quantiles=(0.5, 0.2, 0.8))
-            except Exception as error:              # another's failure must not end a long run
-                if name == "ours" and not isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                print(f"{name}: {type(error).__name__}", file=sys.stderr)
-                torch.cuda.empty_cache()
-                times = [float("nan")] * 3
-            rounds[name].append(times)
-    return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+def measured_limits():
+    """What this card reaches: GB/s of a large copy, read and write, and TFLOP/s of a large product
+    in bf16."""
+    from triton.testing import do_bench
+    x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    y, a = torch.empty_like(x), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = do_bench(lambda: y.copy_(x), return_mode="median")
+    product = do_bench(lambda: a @ a, return_mode="median")
+    return dict(gb_s=2 * x.numel() / copy / 1e6, tflop_s=2 * 8192 ** 3 / product / 1e9)
 
 
 def _fla(op):
@@ -1525,24 +1606,8 @@ def _fla(op):
     return lambda *x: chunk(*x, output_final_state=True)[0], step
 
 
-def _providers(op, with_torch):
-    """{name: function of the op's inputs that returns o}: ours, fla's if installed, the torch form,
-    and the softmax attention that the op stands in for."""
-    def attention(q, k, v, *gates):
-        return F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
-
-    ours, fla = globals()[op], _fla(op)
-    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
-    if fla:
-        providers["fla"] = fla[0]
-    if with_torch:
-        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
-    return providers | {"sdpa": attention}
-
-
-def _bench_inputs(op, B, T, H, K, V):
-    inputs = _random_inputs(op, B, T, H, K, V, "mild", torch.bfloat16, "cuda")
+def _bench_inputs(op, *shape):
+    inputs = _random_inputs(op, *shape, "mild", torch.bfloat16, "cuda")
     inputs.pop("state")
     return [x.requires_grad_() for x in inputs.values()]
 
@@ -1553,125 +1618,134 @@ def _both_ways(function, inputs):
     return lambda: torch.autograd.grad(function(*inputs), inputs, do, allow_unused=True)
 
 
-def _peak_memory(function):
+def op_calls(op, shape, backward, with_torch=False):
+    """{name: call} of an op: ours, fla's if installed, the torch form, and the softmax attention
+    that the op stands in for."""
+    def attention(q, k, v, *gates):
+        return F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    ours, fla, inputs = globals()[op], _fla(op), _bench_inputs(op, *shape)
+    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
+    if fla:
+        providers["fla"] = fla[0]
+    if with_torch:
+        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
+    providers["sdpa"] = attention
+    if backward:
+        return {name: _both_ways(function, inputs) for name, function in providers.items()}
+    inputs = [x.detach() for x in inputs]
+    return {name: functools.partial(function, *inputs) for name, function in providers.items()}
+
+
+def decode_calls(op, B, T, H, K, V):
+    """{name: call} of one token: our step, fla's, and attention with a cache of T tokens. The steps
+    go round eight states, more than fits the L2 cache, as between the steps of a model."""
+    inputs = _random_inputs(op, B, 1, H, K, V, "mild", torch.bfloat16, "cuda")
+    inputs.pop("state")
+    x, fla = [*inputs.values()] + [None] * (len(inputs) == 4), _fla(op)     # GLA has no beta
+    states = itertools.cycle(torch.randn(8, B, H, K, V, device="cuda"))
+    query = x[0].transpose(1, 2)
+    keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
+    calls = {"ours": lambda: recurrent_step(*x, next(states), inplace=True, backend="triton"),
+             "sdpa": lambda: F.scaled_dot_product_attention(query, keys, values)}
+    return calls | ({"fla": lambda: fla[1](*x, next(states))} if fla else {})
+
+
+def jet_calls(shape):
+    """{name: call} of JetBlock's two ops, forwards and backwards: ours, and what was published: a
+    convolution with a kernel per token, SiLU as an op of its own, fla's delta rule. Their
+    convolution is not part of fla; ours and torch's stand in for it."""
+    (B, T, H, _, V), fla, inputs = shape, _fla(OPS[0]), _bench_inputs(OPS[0], *shape)
+    inputs.append(torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16,
+                              requires_grad=True))
+
+    def layer(rule, backend, fused_silu):
+        def run(q, k, v, g, beta, kernel):
+            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None, backend)
+            return rule(q, k, (v if fused_silu else F.silu(v)).unflatten(2, (H, V)), g, beta)
+        return _both_ways(run, inputs)
+
+    calls = {"ours": layer(lambda *x: gated_delta_rule(*x, backend="triton")[0], "triton", True)}
+    if fla:
+        calls["published, our conv"] = layer(fla[0], "triton", False)
+        calls["published, torch conv"] = layer(fla[0], "torch", False)
+    return calls
+
+
+def _turns(calls, timer):
+    """{name: [median, p20, p80] in ms}. The calls take turns, three times, so that a card that
+    warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
+    rounds = {name: [] for name in calls}
+    for _ in range(3):
+        for name, call in calls.items():
+            try:
+                times = timer(call, quantiles=(0.5, 0.2, 0.8))
+            except Exception as error:              # another's failure must not end a long run
+                if name == "ours" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                torch.cuda.empty_cache()
+                times = [float("nan")] * 3
+            rounds[name].append(times)
+    return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
+
+
+def _peak_mb(call):
     """Megabytes that a call adds at its worst moment."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    function()
+    call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
-def bench_op(section, op, shape, with_torch, limits):
-    """Rows of one op at one shape, both directions, printed as they come."""
-    from triton.testing import do_bench
-    inputs, rows = _bench_inputs(op, *shape), []
-    providers = _providers(op, with_torch)
+def bench(labels, shape, calls, limits, size=None, flops=None, graphs=False):
+    """A row per call, {**labels, shape, "ms", ...}, printed on one line. `size` and `flops` are
+    ours by formula. With `graphs` each call is replayed from a CUDA graph, because a launch from
+    Python would take longer than a small kernel."""
+    from triton import testing
+    times = _turns(calls, testing.do_bench_cudagraph if graphs else testing.do_bench)
+    rows = [dict(**labels, provider=name, **dict(zip("BTHKV", shape)), ms=ms, p20=p20, p80=p80)
+            for name, (ms, p20, p80) in times.items()]
+    line = []
+    for row in rows:
+        name, ms = row["provider"], row["ms"]
+        if ms == ms and not graphs:                                         # not NaN
+            row["peak_mb"] = _peak_mb(calls[name])
+        line.append(f"{name} {ms:.4g} [{row['p20']:.4g}-{row['p80']:.4g}]")
+        if name == "ours":
+            row |= dict(of_copy=size and size / ms / 1e6 / limits["gb_s"],
+                        of_matrix=flops and flops / ms / 1e9 / limits["tflop_s"],
+                        of_fla=ms / times["fla"][0] if "fla" in times else None)
+            line += [f"({row[key]:.2f} {text})" for key, text in (
+                ("of_copy", "of copy"), ("of_matrix", "of matmul"), ("of_fla", "of fla's time"))
+                if row[key] is not None]
+    print(*labels.values(), list(shape), "; ".join(line), flush=True)
+    return rows
 
-    def forward(function):
-        with torch.no_grad():
-            return function(*inputs)
 
+def bench_op(section, op, shape, limits, with_torch=False):
+    rows = []
     for direction in ("forward", "forward+backward"):
         backward = direction != "forward"
-        calls = {name: _both_ways(f, inputs) if backward else lambda f=f: forward(f)
-                 for name, f in providers.items()}
-        times = _turns(calls, do_bench)
-        peaks = {name: _peak_memory(calls[name]) for name in ("ours", "fla")
-                 if name in times and times[name][0] == times[name][0]}     # not NaN
-        size, flops = cost(op, *shape, backward=backward)
-        ours = times["ours"][0]
-        of_copy = size / ours / 1e6 / limits["gb_s"]
-        of_matrix = flops / ours / 1e9 / limits["tflop_s"]
-        for name, (median, p20, p80) in times.items():
-            row = dict(section=section, op=op, direction=direction, provider=name,
-                       **dict(zip("BTHKV", shape)), ms=median, p20=p20, p80=p80)
-            row |= dict(peak_mb=peaks[name]) if name in peaks else {}
-            row |= dict(bytes=size, flops=flops, of_copy=of_copy,
-                        of_matrix=of_matrix) if name == "ours" else {}
-            rows.append(row)
-        print(f"{op:23}{str(list(shape)):24}{direction:17} "
-              + "  ".join(f"{name} {x:.3f} [{low:.3f}-{high:.3f}]"
-                          for name, (x, low, high) in times.items())
-              + f"  {of_copy:.0%} of copy, {of_matrix:.0%} of matmul, "
-              + ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())
-              + (f", {ours / times['fla'][0]:.2f} of fla's time" if "fla" in times else ""),
-              flush=True)
+        rows += bench(dict(section=section, op=op, direction=direction), shape,
+                      op_calls(op, shape, backward, with_torch), limits,
+                      *cost(op, *shape, backward=backward))
     return rows
 
 
-def bench_decode(T, limits):
-    """One token: our step, fla's, and attention with a cache of T tokens; as CUDA graphs, because
-    at this size a launch from Python takes longer than the kernel. The steps go round eight states,
-    more than fits the L2 cache, as between the steps of a model. Attention has one cache."""
-    from itertools import cycle
-    from triton.testing import do_bench_cudagraph
-    B, H, K, rows = 8, 16, 128, []
-    for op in OPS:
-        inputs = _random_inputs(op, B, 1, H, K, K, "mild", torch.bfloat16, "cuda")
-        q, k, v, g = (inputs[name] for name in ("q", "k", "v", "g"))
-        beta, states = inputs.get("beta"), cycle([inputs["state"].clone() for _ in range(8)])
-        keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
-        fla, inputs = _fla(op), (q, k, v, g, beta)
-        calls = {"ours": lambda: recurrent_step(*inputs, next(states), inplace=True,
-                                                backend="triton"),
-                 "sdpa": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)}
-        if fla:
-            calls["fla"] = lambda: fla[1](*inputs, next(states))
-        with torch.no_grad():
-            times = _turns(calls, do_bench_cudagraph)
-        size = 8 * B * H * K * K                    # the state, fp32, read and written
-        of_copy = size / times["ours"][0] / 1e6 / limits["gb_s"]
-        print(f"{op:23}cache {T:6}  "
-              + "  ".join(f"{name} {x[0] * 1e3:.1f} us" for name, x in times.items())
-              + f"  {of_copy:.0%} of copy", flush=True)
-        rows += [dict(section="decode", op=op, direction="step", provider=name, B=B, T=T, H=H, K=K,
-                      V=K, ms=x[0], p20=x[1], p80=x[2],
-                      **dict(bytes=size, of_copy=of_copy) if name == "ours" else {})
-                 for name, x in times.items()]
-    return rows
+def bench_decode(op, T, limits, B=8, H=16, K=128):
+    return bench(dict(section="decode", op=op, direction="step"), (B, T, H, K, K),
+                 decode_calls(op, B, T, H, K, K), limits,
+                 size=8 * B * H * K * K, graphs=True)       # the fp32 state, read and written
 
 
-def bench_jet():
-    """JetBlock's two ops, forwards and backwards, at the shape of Jet-Nemotron-2B: ours, and what
-    was published: a convolution with a kernel per token, SiLU as an op of its own, fla's delta
-    rule. Their convolution is not part of fla; ours and torch's stand in for it."""
-    from triton.testing import do_bench
-    B, T, H, K, V = shape = 4, 2048, 12, 96, 256
-    inputs = _bench_inputs(OPS[0], *shape)
-    kernel = torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    def layer(rule, conv_backend, fused_silu):
-        def run(q, k, v, g, beta, kernel):
-            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None,
-                               conv_backend)
-            v = (v if fused_silu else F.silu(v)).unflatten(2, (H, V))
-            return rule(q, k, v, g, beta)
-        return run
-
-    rules = _providers(OPS[0], with_torch=False)
-    calls = {"ours": layer(rules["ours"], "triton", True)}
-    if "fla" in rules:
-        calls["published, our conv"] = layer(rules["fla"], "triton", False)
-        calls["published, torch conv"] = layer(rules["fla"], "torch", False)
-    times = _turns({name: _both_ways(f, [*inputs, kernel]) for name, f in calls.items()}, do_bench)
-    print("jet, conv and rule     "
-          + "  ".join(f"{name} {x[0]:.3f} ms" for name, x in times.items()), flush=True)
-    return [dict(section="jet", op="conv+rule", direction="forward+backward", provider=name,
-                 **dict(zip("BTHKV", shape)), ms=x[0], p20=x[1], p80=x[2])
-            for name, x in times.items()]
-
-
-def measured_limits():
-    """What this card reaches: GB/s of a large copy, read and write, and TFLOP/s of a large product
-    in bf16."""
-    from triton.testing import do_bench
-    x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
-    y, a = torch.empty_like(x), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    copy = do_bench(lambda: y.copy_(x), return_mode="median")
-    product = do_bench(lambda: a @ a, return_mode="median")
-    return dict(gb_s=2 * x.numel() / copy / 1e6, tflop_s=2 * 8192 ** 3 / product / 1e9)
+def bench_jet(limits, shape=(4, 2048, 12, 96, 256)):
+    """At the shape of Jet-Nemotron-2B."""
+    return bench(dict(section="jet", op="conv+rule", direction="forward+backward"), shape,
+                 jet_calls(shape), limits)
 
 
 def benchmark():
@@ -1681,14 +1755,15 @@ def benchmark():
           f"TFLOP/s in bf16; times in ms, median [p20-p80]\n{cost.__doc__}")
     for op in OPS:
         for B, T, H, D in GOALS:
-            rows += bench_op("goal", op, (B, T, H, D, D), False, limits)
+            rows += bench_op("goal", op, (B, T, H, D, D), limits)
+        for T in (512, 4096, 32768, 65536):
+            rows += bench_decode(op, T, limits)
+    rows += bench_jet(limits)
+    for op in OPS:
         for D in (64, 128):
             for T in (2 ** i for i in range(9, 17)):
-                shape = (max(1, 16384 // T), T, 16, D, D)
-                rows += bench_op("sweep", op, shape, True, limits)
-    for T in (512, 4096, 32768, 65536):
-        rows += bench_decode(T, limits)
-    return limits, rows + bench_jet()
+                rows += bench_op("sweep", op, (max(1, 16384 // T), T, 16, D, D), limits, True)
+    return limits, rows
 
 
 def _plot(rows, path):
@@ -1727,10 +1802,15 @@ def header(device):
                 triton=triton.__version__, commit=said("git", "rev-parse", "--short", "HEAD"))
     if device == "cuda":
         from triton.backends.nvidia.compiler import get_ptxas
+        chip = _capability(torch.device("cuda"))
         info |= dict(device=torch.cuda.get_device_name(),
                      driver=said("nvidia-smi", "--query-gpu=driver_version",
-                                 "--format=csv,noheader"),
-                     ptxas=get_ptxas(10 * _capability(torch.device("cuda"))).version)
+                                 "--format=csv,noheader"), ptxas=get_ptxas(10 * chip).version)
+        if chip == 9 and tuple(map(int, info["ptxas"].split(".")[:2])) < (13, 1):
+            print(f"Warning: ptxas {info['ptxas']}, which Triton runs, has compiled matrix products "
+                  "of others' kernels wrongly for Hopper; 13.1 does not. To use the one in Triton's "
+                  "package set TRITON_PTXAS_PATH to its backends/nvidia/bin/ptxas-blackwell.",
+                  file=sys.stderr)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 
@@ -1775,8 +1855,15 @@ Exit code 1 if a check fails, before anything is timed. The last line is one JSO
     return args
 
 
-def main():
+def write_csv(rows, path):
     import csv
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main():
     import json
     args = parse_args()
     if args.compile:
@@ -1791,17 +1878,14 @@ def main():
     if device == "cpu":
         print("No GPU here: the kernels are checked, nothing is timed.")
     elif not result["failures"]:
-        result["limits"], result["rows"] = benchmark()
+        result["limits"], rows = benchmark()
+        result["of_fla"] = {f"{row['op']} {row['direction']} {[row[x] for x in 'BTHKV']}":
+                            row["of_fla"] for row in rows if row.get("of_fla") is not None}
         if args.csv:
-            columns = dict.fromkeys(name for row in result["rows"] for name in row)
-            with open(args.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(columns))
-                writer.writeheader()
-                writer.writerows(result["rows"])
+            write_csv(rows, args.csv)
         if args.plot:
-            _plot(result["rows"], args.plot)
-    # NaN, where a provider ran out of memory, is not JSON
-    print(json.dumps(result).replace("NaN", "null"))
+            _plot(rows, args.plot)
+    print(json.dumps(result))
     sys.exit(result["failures"] > 0)
 
 

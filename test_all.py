@@ -506,6 +506,24 @@ def test_backends_are_refused_or_left_alone(monkeypatch):
     in_interpreter("check_backend_refusals()")
 
 
+def test_torch_compile_breaks_once_per_op():
+    """Traced, one op would become many small graphs, each compiled anew for every length."""
+    weight = torch.randn(32, 32, requires_grad=True)
+
+    def layer(x):
+        q = F.normalize((x @ weight).view(1, 40, 2, 16), dim=-1)
+        o, _ = kernels.gated_delta_rule(q, q, q, -q[..., 0].sigmoid(), q[..., 1].sigmoid())
+        o, _ = kernels.gated_linear_attention(q, q, o, -q.sigmoid())
+        y, _ = kernels.causal_conv(o.flatten(2), torch.ones(4, 32), None, "silu")
+        return (y @ weight).sum()
+
+    x = torch.randn(1, 40, 32)
+    assert torch._dynamo.explain(layer)(x).graph_break_count == 3
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(layer(x), weight),
+                               torch.autograd.grad(compiled(x), weight))
+
+
 def check_without_triton():
     """Everything but the kernels; called where `import triton` fails."""
     assert kernels.triton is None
@@ -550,6 +568,16 @@ def test_kernels_script_fails_on_a_wrong_kernel(tmp_path):
     run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
     assert run.returncode == 1 and "FAILED" in run.stdout
     assert json.loads(run.stdout.splitlines()[-1])["failures"] > 0
+
+
+def test_kernels_script_sees_what_no_kernel_writes(tmp_path):
+    """Unwritten memory often holds the last call's right answer, so the check fills it with NaN."""
+    source, broken = (ROOT / "kernels.py").read_text(), tmp_path / "kernels.py"
+    line = "    _store(end + bh * K * V, state, keys, cols, V, K, V)\n"
+    assert source.count(line) == 2                                      # of _scan and of _step
+    broken.write_text(source.replace(line, "", 1))
+    run = subprocess.run([sys.executable, broken], capture_output=True, text=True)
+    assert run.returncode == 1 and "FAILED state: rms error nan" in run.stdout
 
 
 def test_kernels_compile_without_spills_for_a100_and_h100():
@@ -1015,6 +1043,41 @@ def test_closed_form_start_is_the_best_o_proj(lab):
         assert distill.held_out_error(model, moved, chunks, 8)[1]["mse"] > solved
 
 
+def test_closed_form_start_needs_no_fp64_products(lab):
+    """GPUs for games multiply in fp64 at 1/64 of their speed: the products are fp32, never rounded
+    to TF32 whatever the host program has set, and as good as fp64's."""
+    model, _ = load_lab_model(lab)
+    mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
+    batches, pairs, seen = [tokens(8, 32, seed=s) for s in range(4)], [], []
+    outputs, features = mixers[1].o_proj.weight.shape
+
+    def keep(layer, hidden_states, target):
+        pairs.append((mixers[1].head_outputs(hidden_states).flatten(0, 1).double(),
+                      target.flatten(0, 1).double()))
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and out.shape == (features, features + outputs):
+                seen.append((out.dtype, torch.get_float32_matmul_precision()))
+            return out
+
+    for batch in batches:
+        distill.teacher_forward(model, batch, [1], keep)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products():
+            distill.closed_form_start(model, mixers, batches)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [(torch.float32, "highest")] * 32                            # one a sequence
+    x, y = map(torch.cat, zip(*pairs))
+    ridge = 1e-4 * (x.T @ x).diagonal().mean() * torch.eye(features)
+    expected = torch.linalg.solve(x.T @ x + ridge, x.T @ y).T
+    assert relative(mixers[1].o_proj.weight, expected) < 1e-4
+
+
 def test_schedule_and_clip_are_per_layer(lab):
     """Warm-up, peak and floor as stated; a layer with a huge loss does not touch another's step."""
     assert distill.learning_rate(0, 1000, 1.0) == pytest.approx(1 / 50)
@@ -1264,6 +1327,72 @@ def test_eos_written_as_characters_ends_a_text(lab):
     assert cut.outputs != whole.outputs
     for (text,), (short,) in zip(whole.outputs, cut.outputs):
         assert short == text.split(split.tokenizer.eos_token)[0]
+
+
+def test_the_head_may_lie_on_another_device():
+    """With --device auto the hidden states reach the LM head on the last GPU, the ids the first."""
+    hidden, scored = torch.randn(2, 2, 32), torch.tensor([[True, False], [True, True]])
+
+    class Spread(torch.nn.Module):
+        device = torch.device("meta")
+
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(32, 64)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, ids, **kwargs):
+            assert ids.is_meta
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+    model = Spread()
+    found = evaluation.read(model, torch.zeros(2, 2, dtype=torch.long), scored)
+    assert torch.equal(found, model.lm_head(hidden[scored]).log_softmax(-1))
+
+
+def test_forks_send_their_rows_to_the_device_once():
+    """Two copies per layer, each of which waits for the GPU, without."""
+    class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            self.count += str(kwargs.get("device")) == "meta"
+            return func(*args, **kwargs)
+
+    cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
+    for layer in range(3):
+        cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
+    with Sent() as sent:
+        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+    assert sent.count == 1 and mask.shape == (3, 32)
+    assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
+
+
+def test_stop_strings_are_found_in_the_last_tokens():
+    """Every step looks at no more than can complete a stop string: the cost of a text grows with
+    its length, not with the square of it."""
+    class Bytes:                        # 0 is a special token, the others are bytes
+        longest = 0
+
+        def batch_decode(self, rows, skip_special_tokens):
+            self.longest = max(self.longest, *map(len, rows))
+            return [bytes(filter(None, row)).decode(errors="replace") for row in rows]
+
+    tokenizer, stops = Bytes(), [["né", "q"], ["\n\n"], []]
+    stop = evaluation.StopOnText(tokenizer, stops, 2)
+    texts = [list(("x" * 60 + text).encode()) for text in ("n\0é~", "\n~\n\n", "né~~~~")]
+    width = min(map(len, texts))
+    ids = torch.tensor([[113, 113] + text[:width] for text in texts])
+    for n in range(1, width + 1):
+        whole = tokenizer.batch_decode(ids[:, 2: 2 + n].tolist(), True)
+        tokenizer.longest = 0
+        done = stop(ids[:, : 2 + n], None).tolist()
+        assert done == [any(s in text for s in some) for text, some in zip(whole, stops)]
+        assert tokenizer.longest <= 11
+    assert done == [True, True, False]
 
 
 def test_scores_that_are_not_finite_stop(lab):
@@ -2654,6 +2783,30 @@ def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_stops_with_layer_and_step(lab, tmp_path, monkeypatch, capsys):
     code, _, err = call(distill_command(lab, tmp_path / "out", lr=1e30), monkeypatch, capsys)
     assert code == 1 and re.search(r"layer \d is not finite at step \d", err), err
+
+
+def test_no_checkpoint_holds_weights_that_are_not_finite(lab, tmp_path, monkeypatch, capsys):
+    """A loss can be finite and its gradient not; losses are looked at every few steps only. Either
+    way the layer and the step are named, and what was saved before is whole."""
+    train_step, tmp_path = distill.train_step, tmp_path / "out"
+    for what, message in (("loss", "the loss of layer 2 is not finite at step 7"),
+                          ("weights", "the weights of layer 2 are not finite after step 7")):
+        calls = itertools.count()
+
+        def broken(model, mixers, optimizers, *args):
+            losses = train_step(model, mixers, optimizers, *args)
+            if next(calls) == 7:         # a checkpoint follows
+                losses[2] = losses[2] * (torch.nan if what == "loss" else 1)
+                mixers[2].v_proj.weight.data[0] *= torch.nan
+            return losses
+
+        monkeypatch.setattr(distill, "train_step", broken)
+        monkeypatch.setattr(distill, "CHECKPOINTS", 4)
+        out = tmp_path.with_name(what)
+        code, _, err = call(distill_command(lab, out), monkeypatch, capsys)
+        assert code == 1 and message in err, err
+        saved, = out.glob("checkpoint-*.safetensors")
+        assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
 # ------------------------------------------------------------------------------------------------
