@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.cache_utils import (
-    CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
+    Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -210,22 +210,98 @@ def _teacher_norm(attn, names, num_heads, head_dim):
 # Padding and the cache
 
 def padding_mask(attention_mask, length):
-    """Which of the last `length` tokens are real: bool [B, length], or None if all are.
+    """Which of the last `length` tokens are real: bool [B, length].
 
-    attention_mask is what transformers hands to an attention module: None, [B, K], or
-    [B, 1, Q, K] (bool, or float with the lowest number where masked). In the last form a token
-    is real if and only if it may attend to itself. During one-token decoding all are real.
+    attention_mask is what transformers hands to an attention module: [B, K], or [B, 1, Q, K]
+    (bool, or float with the lowest number where masked), whose last keys are the queries' own. In
+    the last form a token is real if and only if it may attend to itself.
     """
-    if attention_mask is None or length == 1:
-        return None
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(f"a linear layer cannot read a mask of type "
-                         f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
     if attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
     queries, keys = attention_mask.shape[-2:]
-    own = attention_mask[:, 0].diagonal(offset=keys - queries, dim1=-2, dim2=-1)    # [B, Q]
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    return _visible(attention_mask[:, 0].diagonal(keys - queries, -2, -1))          # [B, Q]
+
+
+def _visible(mask):
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+class Rows(NamedTuple):
+    """A call's tokens [B, T] where some are padding or a row holds several documents (packing):
+    the real tokens of a row brought together at its start, in order, padding behind them."""
+    order: torch.Tensor             # [B, T] which token of the call stands here
+    real: torch.Tensor              # [B, T] bool: not padding
+    first: torch.Tensor | None      # [B, T] bool: begins another document; None if none does
+
+    @classmethod
+    def of(cls, attention_mask, length):
+        """From a mask as `padding_mask` takes it. Documents show in its second form, as a token
+        that may not attend to the real one before it; to know whether there are any, a host waits
+        for its GPU, but not for a single token (decoding)."""
+        real = padding_mask(attention_mask, length)
+        if length == 1:
+            return cls(torch.zeros_like(real, dtype=torch.long), real, None)
+        order = real.logical_not().byte().argsort(dim=1, stable=True)
+        real = real.gather(1, order)
+        if attention_mask.dim() == 2:
+            return cls(order, real, None)
+        queries, keys = attention_mask.shape[-2:]
+        before = order[:, 1:] * keys + order[:, :-1] + keys - queries               # [B, T-1]
+        seen = _visible(attention_mask[:, 0].flatten(1).gather(1, before))
+        return cls(order, real, _if_any(F.pad(real[:, 1:] & ~seen, (1, 0))))
+
+    @classmethod
+    def of_positions(cls, position_ids):
+        """From positions [1, T] without padding, which restart where a document begins; or None."""
+        first = _if_any(F.pad(position_ids.diff(dim=1) <= 0, (1, 0)))
+        if first is None:
+            return None
+        order = torch.arange(first.shape[1], device=first.device).unsqueeze(0)
+        return cls(order, torch.ones_like(first), first)
+
+    def gather(self, x):
+        """x [B, T, C] from the call's order into that of the rows."""
+        return x.take_along_dim(self.order.unsqueeze(-1), 1)
+
+    def scatter(self, o):
+        """o [B, T, H, D] back into the call's order."""
+        return o.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
+
+    def written(self, x):
+        """k or beta [B, T, channels]: a padded token writes nothing."""
+        return x.masked_fill(~self.real.unsqueeze(-1), 0)
+
+    def decays(self, g):
+        """Log decays [B, T, channels]: a padded token forgets nothing, a first one everything."""
+        g = g.masked_fill(~self.real.unsqueeze(-1), 0)
+        return g if self.first is None else g.masked_fill(self.first.unsqueeze(-1), -torch.inf)
+
+
+def _if_any(first):
+    return first if torch.compiler.is_compiling() or first.any() else None
+
+
+def short_conv(x, kernel, rows, cache):
+    """SiLU(causal_conv(x, kernel)) and its new cache, as kernels.py has them, where `rows` (a Rows,
+    or None) is x's: no tap reaches into another document, and the cache holds the last W-1 real
+    inputs."""
+    if rows is None:
+        return causal_conv(x, kernel, cache, activation="silu")
+    W = kernel.shape[-2]
+    last = rows.real.sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)    # [B, W-1]
+    before = x.new_zeros(len(x), W - 1, x.shape[-1]) if cache is None else cache.to(x.dtype)
+    tail = torch.cat([before, x], 1).take_along_dim(last.unsqueeze(-1), 1)          # [B, W-1, D]
+    if rows.first is not None:
+        document = rows.first.cumsum(1)                                             # [B, T]
+        inputs = F.pad(document, (W - 1, 0))                                        # [B, W-1+T]
+        tail = tail * (inputs.gather(1, last) == document[:, -1:]).unsqueeze(-1)
+        own = inputs.unfold(1, W, 1) == document.unsqueeze(-1)                      # [B, T, W]
+        kernel = kernel * own.unsqueeze(-1)                                         # [B, T, W, D]
+    return causal_conv(x, kernel, cache, activation="silu")[0], tail
+
+
+# What attention modules have called the cache: 5.24's name, the one before it, some families' own
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -300,6 +376,8 @@ def cache_layer(cache, layer_idx):
     """The LinearCacheLayer at `layer_idx` of a transformers Cache, put there at first use."""
     if cache is None:
         return None
+    if not isinstance(cache, Cache):
+        raise UserError(NO_CONTINUOUS_BATCHING)
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
@@ -343,9 +421,10 @@ def inverse_softplus(x):
 class LinearAttention(nn.Module):
     """What the three mixers share: projections, output gate, norm, padding, cache, making.
 
-    forward(hidden_states [B, T, C], attention_mask=None, past_key_values=None) -> ([B, T, C],
-    None), the calling convention of attention modules in transformers (`layer_past` in some
-    families; whatever else they pass is not needed here). A subclass adds its parameters in
+    forward(hidden_states [B, T, C], attention_mask=None, position_ids=None, cache=None) ->
+    ([B, T, C], None), the calling convention of attention modules in transformers (the cache has
+    several names, CACHE_NAMES; what else they pass is not needed here). ValueError for a mask or
+    a cache that a linear layer cannot use. A subclass adds its parameters in
     `add_parameters`, its neutral start in `start_neutral`, and its recurrence in `mix`.
     """
 
@@ -357,7 +436,7 @@ class LinearAttention(nn.Module):
         if init not in ("inherit", "random"):
             raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
         self.layer_idx, self.init = layer_idx, init
-        config = config.get_text_config(decoder=True)
+        config = self.config = config.get_text_config(decoder=True)
         self.hidden_size, self.head_dim = config.hidden_size, head_dim_of(attn, config)
         self.num_heads, biases, norms = config.num_attention_heads, [False] * 4, (None, None)
         self.clip_qkv = None
@@ -439,21 +518,43 @@ class LinearAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
-    def head_outputs(self, hidden_states, attention_mask=None, cache=None):
+    def rows(self, hidden_states, attention_mask, position_ids):
+        """How the tokens of hidden_states [B, T, C] lie in rows (a Rows), or None: row by row one
+        document without padding. Flash attention gets packed documents without a mask, [1, T, C],
+        and knows them by their positions; all others get a mask then."""
+        B, T, _ = hidden_states.shape
+        if isinstance(attention_mask, torch.Tensor):
+            return Rows.of(attention_mask.expand(B, *attention_mask.shape[1:]), T)
+        if attention_mask is not None:
+            raise ValueError(f"a linear layer cannot read a mask of type "
+                             f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
+        flash = "flash" in str(self.config._attn_implementation)
+        if flash and B == 1 < T and position_ids is not None and position_ids.dim() == 2:
+            return Rows.of_positions(position_ids)
+        return None
+
+    def head_outputs(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
         """The input of o_proj, [B, T, H * D]: the module's output is linear in o_proj, so these
         are the features of the closed-form start (distill.py)."""
-        mask = padding_mask(attention_mask, hidden_states.shape[1])
         past = cache_layer(cache, self.layer_idx)
-        o, recurrent, conv = self.mix(hidden_states, mask if mask is None else mask.unsqueeze(-1),
-                                      past and past.recurrent, past and past.conv)
+        rows = self.rows(hidden_states, attention_mask, position_ids)
+        o, recurrent, conv = self.mix(
+            hidden_states if rows is None else rows.gather(hidden_states), rows,
+            past and past.recurrent, past and past.conv)
         if past is not None:
             past.store(recurrent, conv, hidden_states.shape[1])
+        o = o if rows is None else rows.scatter(o)
         return self.o_norm(o, self.heads(self.g_proj(hidden_states))).flatten(-2)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None,
-                **kwargs):
-        cache = layer_past if past_key_values is None else past_key_values
-        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache)), None
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, **kwargs):
+        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):
+                raise ValueError(f"a linear layer was given a cache under the name {name!r}, which "
+                                 f"transformers {transformers.__version__} may have brought: use "
+                                 "a version that README names.")
+        cache = caches[0] if caches else None
+        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache, position_ids)), None
 
 
 class GatedLinearAttention(LinearAttention):
@@ -473,12 +574,12 @@ class GatedLinearAttention(LinearAttention):
         bias = log_sigmoid - torch.log(-torch.expm1(log_sigmoid))
         self.decay_up.bias.copy_(bias.repeat_interleave(self.head_dim))
 
-    def mix(self, hidden_states, mask, recurrent, conv):
+    def mix(self, hidden_states, rows, recurrent, conv):
         q, k, v = self.project(hidden_states)
         g = F.logsigmoid(self.decay_up(self.decay_down(hidden_states)).float()) / GATE_NORMALIZER
         g = g.clamp(min=MIN_LOG_DECAY)
-        if mask is not None:                # a padded token writes nothing and forgets nothing
-            k, g = k * mask, g * mask
+        if rows is not None:
+            k, g = rows.written(k), rows.decays(g)
         o, recurrent = gated_linear_attention(
             self.heads(q), self.heads(k), self.heads(v), self.heads(g), recurrent)
         return o, recurrent, None
@@ -523,22 +624,20 @@ class GatedDeltaNet(LinearAttention):
     def start_neutral_conv(self):
         self.conv_kernel.copy_(identity_kernel(self.conv_kernel.shape[1]))
 
-    def convolve(self, hidden_states, mask, cache):
+    def convolve(self, hidden_states, rows, cache):
         """SiLU(conv) of q, k and v, each [B, T, H * D], and the convolution's new tail."""
         qkv = torch.cat(self.project(hidden_states), dim=-1)            # [B, T, 3 * H * D]
-        if mask is not None:
-            qkv = qkv * mask
-        qkv, cache = causal_conv(qkv, self.conv_kernel, cache, activation="silu")
+        qkv, cache = short_conv(qkv, self.conv_kernel, rows, cache)
         return *qkv.chunk(3, dim=-1), cache
 
-    def mix(self, hidden_states, mask, recurrent, conv):
-        q, k, v, conv = self.convolve(hidden_states, mask, conv)
+    def mix(self, hidden_states, rows, recurrent, conv):
+        q, k, v, conv = self.convolve(hidden_states, rows, conv)
         q, k = l2_normalize(self.heads(q)), l2_normalize(self.heads(k))
         beta = self.b_proj(hidden_states).float().sigmoid()             # [B, T, H]
         step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         g = -self.A_log.float().exp() * step                            # [B, T, H]
-        if mask is not None:
-            beta, g = beta * mask, g * mask
+        if rows is not None:
+            beta, g = rows.written(beta), rows.decays(g)
         o, recurrent = gated_delta_rule(q, k, self.heads(v), g, beta, recurrent)
         return o, recurrent, conv
 
@@ -560,13 +659,11 @@ class JetBlock(GatedDeltaNet):
         self.kernel_up.weight.zero_()
         self.kernel_up.bias.copy_(identity_kernel(self.num_heads * self.head_dim).flatten())
 
-    def convolve(self, hidden_states, mask, cache):
+    def convolve(self, hidden_states, rows, cache):
         q, k, v = self.project(hidden_states)
         kernel = self.kernel_up(F.silu(self.kernel_down(hidden_states)))
         kernel = kernel.unflatten(-1, (CONV_SIZE, -1))                  # [B, T, W, H * D]
-        if mask is not None:
-            v = v * mask
-        v, cache = causal_conv(v, kernel, cache, activation="silu")
+        v, cache = short_conv(v, kernel, rows, cache)
         return F.silu(q), F.silu(k), v, cache
 
 
@@ -594,6 +691,10 @@ def identity_kernel(channels):
 # without trust_remote_code is an error rather than a plain Llama with random attention.
 
 MODEL_TYPE_PREFIX = "dtr_"
+
+
+NO_CONTINUOUS_BATCHING = ("a hybrid's states do not fit into the pages of continuous batching "
+                          "(generate_batch): use generate() on a padded batch.")
 
 
 class HybridMixin:
@@ -630,6 +731,10 @@ class HybridMixin:
         """As in transformers, under the parameters' own names: the names of the base's checkpoint
         would be turned back by model type at loading, and a hybrid has a type of its own."""
         super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused here: an error in the middle of generate_batch would only be logged."""
+        raise UserError(NO_CONTINUOUS_BATCHING)
 
 
 def __getattr__(name):

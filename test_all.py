@@ -789,6 +789,87 @@ def test_padding_changes_nothing_for_real_tokens(attn, implementation):
     assert relative(mixer(torch.cat([garbage, x], 1))[0][:, 5:], alone) > 0.01
 
 
+@pytest.mark.parametrize("attn", MIXERS)
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+def test_padding_may_stand_anywhere_and_come_in_pieces(attn, implementation):
+    """Real tokens read as those of the row alone, padding before, between and behind them (the
+    second turn of a batched chat), whole or in pieces of any size: a convolution's taps and tail
+    hold real tokens, and a piece of one padded token writes no state."""
+    model = random_model(FAMILIES["qwen2"](), scale=3.0)
+    model.set_attn_implementation(implementation)
+    ids, mask = tokens(4, 14), torch.ones(4, 14, dtype=torch.long)
+    mask[0, :5] = mask[1, 4:9] = mask[2, 11:] = mask[3, [0, 2, 3, 5, 6, 7, 13]] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with replace.replaced(model, shaken_mixers(model, attn), (0, 1, 2)):
+        for sizes in ([14], [9, 5], [1] * 14, [5, 1, 3, 1, 4]):
+            cache, parts, start = transformers.DynamicCache(), [], 0
+            for piece, where in zip(ids.split(sizes, 1), positions.split(sizes, 1)):
+                start += piece.shape[1]
+                out = model(piece, attention_mask=mask[:, :start], position_ids=where,
+                            past_key_values=cache, use_cache=len(sizes) > 1)
+                parts.append(out.logits)
+            for row, logits, real in zip(ids, torch.cat(parts, 1), mask.bool()):
+                alone = model(row[real].unsqueeze(0), use_cache=False).logits
+                assert relative(logits[real], alone[0]) < 1e-4, sizes
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_padded_prompts_may_be_read_in_chunks(attn):
+    model = random_model(FAMILIES["llama"](), scale=3.0)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    limits = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with replace.replaced(model, shaken_mixers(model, attn), (0, 2)):
+        whole = model.generate(ids, **limits)
+        for size in (1, 2):
+            assert torch.equal(model.generate(ids, prefill_chunk_size=size, **limits), whole)
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+@pytest.mark.parametrize("family", ("llama", "gpt_neox", "gpt2"))
+def test_packed_documents_do_not_see_each_other(family, attn):
+    """Positions that restart inside a row (SFTTrainer(packing=True)), documents shorter than the
+    convolution included: outputs and gradients are those of each document alone."""
+    model = random_model(FAMILIES[family](), scale=3.0)
+    mixers, lengths = shaken_mixers(model, attn), (5, 1, 2, 7, 3)
+    ids = tokens(2, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    mixers[0].requires_grad_(True)
+    with replace.replaced(model, mixers, (0, 1, 2)):
+        grads = []
+        for pieces in ([(ids, positions)], zip(ids.split(lengths, 1), positions.split(lengths, 1))):
+            logits = torch.cat([model(i, position_ids=p, use_cache=False).logits
+                                for i, p in pieces], 1)
+            logits.logsumexp(-1).sum().backward()
+            grads.append((logits.detach(), mixers[0].q_proj.weight.grad,
+                          mixers[0].v_proj.weight.grad))
+            mixers[0].zero_grad()
+        assert all(relative(packed, alone) < 1e-4 for packed, alone in zip(*grads))
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_flash_attention_packs_by_positions(attn):
+    """It gets no mask for packed documents; a mixer beside it reads the positions."""
+    model = random_model(FAMILIES["llama"](), scale=3.0)
+    mixer, x = shaken_mixers(model, attn)[0], torch.randn(1, 9, 32)
+    mixer.config._attn_implementation = "flash_attention_2"
+    packed = mixer(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]))[0]
+    assert relative(packed, torch.cat([mixer(part)[0] for part in x.split((4, 2, 3), 1)], 1)) < 1e-5
+    assert torch.equal(mixer(x, position_ids=torch.arange(9)[None])[0], mixer(x)[0])
+
+
+def test_a_cache_is_known_under_every_name():
+    """The name differs by family and version; under one not known here it must not be ignored."""
+    model = random_model(FAMILIES["llama"]())
+    mixer, x = shaken_mixers(model, "gdn")[0], torch.randn(1, 5, 32)
+    for name in linear_attn.CACHE_NAMES:
+        cache = transformers.DynamicCache()
+        mixer(x, **{name: cache})
+        assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match="under the name 'memory'"):
+        mixer(x, memory=cache)
+
+
 def test_caches_that_cannot_work_are_refused():
     model = random_model(FAMILIES["llama"]())
     mixers, ids = shaken_mixers(model, "gdn"), tokens(1, 6)
@@ -803,6 +884,12 @@ def test_caches_that_cannot_work_are_refused():
             hybrid_cache.crop(-1)
     with pytest.raises(RuntimeError, match="make a new cache"):
         model(ids, past_key_values=hybrid_cache)
+    config = linear_attn.HybridLlamaConfig(**SMALL, linear_layers=[0])
+    hybrid = linear_attn.HybridLlamaForCausalLM(config)
+    with pytest.raises(UserError, match="continuous batching"):
+        hybrid.generate_batch(ids.tolist(), max_new_tokens=2)
+    with pytest.raises(UserError, match="continuous batching"):     # as its pages reach a mixer
+        mixers[1](torch.zeros(1, 4, 32), past_key_values=object())
 
 
 # ------------------------------------------------------------------------------------------------
