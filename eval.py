@@ -36,6 +36,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -129,6 +130,11 @@ def run_script(main):
 def _say(message, code):
     print(" ".join(message.split()), file=sys.stderr)
     return code
+
+
+def command_line():
+    """The command that runs now, for people to run it again."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def positive(kind):
