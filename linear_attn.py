@@ -721,11 +721,11 @@ class HybridMixin:
             raise UserError("a hybrid does not run tensor-parallel, since its linear layers have no "
                             "plan for that; load it on one device, or with device_map='auto'.")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-        if any(wrong.values()):
-            raise UserError("this checkpoint is damaged or not of this model: " + " and ".join(
-                f"{len(keys)} {kind} tensors, such as {keys[0]}" for kind, keys in wrong.items()
-                if keys) + "; save the hybrid again, or download it again.")
+        wrong = [f"{kind} {min(keys)}, {len(keys)} in all" for kind in ("missing", "unexpected")
+                 if (keys := info[f"{kind}_keys"])]
+        if wrong:
+            raise UserError(f"this checkpoint is damaged or not of this model ({'; '.join(wrong)}): "
+                            "save the hybrid again, or download it again.")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
