@@ -36,6 +36,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -129,6 +130,11 @@ def run_script(main):
 def _say(message, code):
     print(" ".join(message.split()), file=sys.stderr)
     return code
+
+
+def command_line():
+    """The command that runs now, for people to run it again."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def positive(kind):
@@ -281,7 +287,11 @@ def add_model_flags(parser):
 
 def read_config(name, trust_remote_code=False):
     """The raw config of a model (a dict), from a directory or the Hub. Raises UserError."""
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    here, there = Path(name).exists(), (Path(name) / "config.json").is_file()
+    if not there and (name.lower().endswith("gguf") or list(Path(name).glob("*.gguf"))):
+        raise UserError(f"{name} is GGUF: convert it first, with AutoModelForCausalLM and AutoTokenizer"
+                        ".from_pretrained(FOLDER, gguf_file=FILE) and their save_pretrained(OUT).")
+    if here and not there:
         raise UserError(f"{name} holds no config.json, so it is not a model directory.")
     try:
         config, _ = transformers.PreTrainedConfig.get_config_dict(name)
@@ -308,30 +318,57 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     config = read_config(name, trust_remote_code)
     if base_only and is_hybrid(config):
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
+    quantised = config.get("quantization_config") is not None
+    if base_only and quantised:
+        raise UserError(f"{name} is quantised, and such layers are neither distilled nor replaced: "
+                        "give the model in bf16, or one that dequantize() and save_pretrained made.")
     kwargs = {"device_map": "auto"} if device == "auto" else {}
     device = find_device(device)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     kwargs["dtype"] = getattr(torch, dtype)
+    load = linear_attn.load_hybrid if is_hybrid(config) else functools.partial(
+        AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if is_hybrid(config):
-            model = linear_attn.load_hybrid(name, **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        model, info = load(name, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(f"its checkpoint has no {min(info['missing_keys'])}")
+        if "device_map" not in kwargs and not quantised:        # those are where they must be
+            model = model.to(device)
+        model = model.eval().requires_grad_(False)
+        if model.config.is_encoder_decoder or not is_causal(model):
+            raise ValueError("it is not causal, a token sees those after it")
+        tokenizer = AutoTokenizer.from_pretrained(name, config=model.config,
+                                                  trust_remote_code=trust_remote_code)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        advice = "; load it unquantised, in bf16" if quantised else (
+            "; take what its config.json says of attention out" if "Attention" in reason else "")
         raise UserError(f"{name} does not load as a causal language model with a tokenizer: "
-                        f"{reason}")
-    if "device_map" not in kwargs:
-        model = model.to(device)
-    model = model.eval().requires_grad_(False)
-    if model.config.is_encoder_decoder or not is_causal(model):
-        raise UserError(f"{name} is not a causal language model.")
+                        f"{reason}{advice}")
     if base_only:
-        attention_modules(model)                        # refuses what cannot be converted
+        check_replaceable(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_replaceable(model):
+    """Raise UserError if the model does not run with every second layer linear, be it the even or
+    the odd ones: some layers hand keys and values on, or get a mask that no linear layer reads."""
+    attention = attention_modules(model)
+    mixer = functools.cache(lambda device: linear_attn.MIXERS["gla"](
+        attention[0], model.config, 0, "random").to(device, model.dtype))
+    stand_ins = {i: mixer(next(attn.parameters()).device) for i, attn in enumerate(attention)}
+    for first in (0, 1):
+        try:
+            with replaced(model, stand_ins, range(first, len(attention), 2)):
+                model(torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{type(model).__name__}: its layers cannot be replaced one by one "
+                            f"({type(error).__name__}: {reason}); this model cannot be converted.")
 
 
 @torch.no_grad()
@@ -340,6 +377,16 @@ def is_causal(model):
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
     first, other = model(ids, use_cache=False).logits[:, 0].float()             # [V] each
     return not (first - other).abs().max() > 1e-4 * first.abs().max()           # NaN is not its task
+
+
+def dtype_to_save(name, model, asked):
+    """The dtype of a hybrid's checkpoint: the model's, but if --dtype was not `asked` for ("auto")
+    never wider than the base's own, since a CPU holds all models in fp32."""
+    config = read_config(name, trust_remote_code=True)
+    own = next((part[key] for part in (config, config.get("text_config") or {})
+                for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
+    own = getattr(torch, own)
+    return own if asked == "auto" and own.itemsize < model.dtype.itemsize else model.dtype
 
 
 def find_device(name):

@@ -42,6 +42,7 @@ try:  # inside a saved checkpoint, kernels.py is a sibling in a package; here, a
 except ImportError:
     from kernels import causal_conv, gated_delta_rule, gated_linear_attention
 
+KNOWN_TRANSFORMERS = "5.15.1 to 5.24.0"     # the versions that hybrids are known to load with
 CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
 NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck
@@ -65,7 +66,9 @@ def decoder_layers(model):
     """The decoder's list of layers (nn.ModuleList). Raises UserError if the model has not one."""
     name, decoder = type(model).__name__, model.get_decoder()
     n = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    lists = [m for path, m in decoder.named_modules()       # lists inside a layer have a number
+             if isinstance(m, nn.ModuleList) and len(m) == n    # in their path: experts, norms
+             and not any(part.isdigit() for part in path.split("."))]
     if len(lists) != 1:
         raise UserError(f"{name}: looked for one list of {n} layers in its decoder, "
                         f"found {len(lists)}; this model cannot be converted.")
@@ -131,10 +134,27 @@ def _projection(linear):
     return Projection(weight, linear.bias)
 
 
-def _split(projection, pick):
-    """q, k and v out of a fused projection; `pick` maps rows [3C, ...] to three [C, ...]."""
-    biases = (None,) * 3 if projection.bias is None else pick(projection.bias)
-    return [Projection(w, b) for w, b in zip(pick(projection.weight), biases)]
+# Where q, k and v share one projection: its name, and whether its rows go [q ... q k v] for each
+# key/value head in turn, or all of q, all of k, all of v.
+FUSED = {"GPT2Attention": ("c_attn", False), "Phi3Attention": ("qkv_proj", False),
+         "GPTNeoXAttention": ("query_key_value", True), "FalconAttention": ("query_key_value", True),
+         "GPTBigCodeAttention": ("c_attn", True), "PersimmonAttention": ("query_key_value", True)}
+
+
+def _unfused(attn, num_heads, head_dim):
+    """q, k and v out of a fused projection of (H + 2 kv_heads) * D rows."""
+    name, by_group = FUSED[type(attn).__name__]
+    fused = _projection(getattr(attn, name))
+    kv_heads = (len(fused.weight) // head_dim - num_heads) // 2
+
+    def split(rows):
+        if not by_group:
+            return rows.split([n * head_dim for n in (num_heads, kv_heads, kv_heads)])
+        groups = rows.unflatten(0, (kv_heads, -1, head_dim))        # [kv_heads, H/kv_heads + 2, D]
+        return [part.flatten(0, 2) for part in groups.split([num_heads // kv_heads, 1, 1], dim=1)]
+
+    biases = (None,) * 3 if fused.bias is None else split(fused.bias)
+    return [Projection(w, b) for w, b in zip(split(fused.weight), biases)]
 
 
 def teacher_projections(attn, config):
@@ -147,12 +167,8 @@ def teacher_projections(attn, config):
     dim, layout = head_dim_of(attn, config), None
     if all(isinstance(linear, nn.Linear) for linear in separate):
         layout = [_projection(linear) for linear in separate]
-    elif isinstance(getattr(attn, "c_attn", None), Conv1D):             # GPT-2: [q | k | v]
-        layout = _split(_projection(attn.c_attn), lambda rows: rows.chunk(3))
-    elif type(attn).__name__ == "GPTNeoXAttention":                     # per head: [q | k | v]
-        heads = config.num_attention_heads
-        layout = _split(_projection(attn.query_key_value), lambda rows: [
-            part.flatten(0, 1) for part in rows.unflatten(0, (heads, 3, -1)).unbind(1)])
+    elif type(attn).__name__ in FUSED:
+        layout = _unfused(attn, config.num_attention_heads, dim)
     if layout is not None and out is not None:
         q, k, v, o = *layout, _projection(out)
         if (q.weight.shape[0] == o.weight.shape[1] and k.weight.shape[0] == v.weight.shape[0]
@@ -181,14 +197,14 @@ def _teacher_norm(attn, names, num_heads, head_dim):
     if norm is None:
         return None
     weight = getattr(norm, "weight", None)
-    if weight is None or weight.dim() != 1:
+    if weight is None or weight.dim() > 2:
         raise UserError(f"{type(norm).__name__}: this norm of q or k has a layout that is not "
                         "known here, so it cannot be inherited; use --init random.")
     norm = copy.deepcopy(norm)
-    if weight.numel() != head_dim:              # over the whole projection (OLMo 2)
+    if weight.numel() != head_dim:  # over the whole projection (OLMo 2), or [heads, D] (Cohere)
         for name, parameter in norm.named_parameters():
-            rows = repeat_heads(parameter.detach(), num_heads, head_dim)
-            setattr(norm, name, nn.Parameter(rows))
+            rows = repeat_heads(parameter.detach().flatten(), num_heads, head_dim)
+            setattr(norm, name, nn.Parameter(rows.view(-1, *parameter.shape[1:])))
     return norm
 
 
@@ -456,6 +472,7 @@ class LinearAttention(nn.Module):
         of q and k included), new parameters neutral. "random": nothing of the teacher but its
         sizes. `seed` and the layer's number fix what is drawn. Raises UserError."""
         like = next(attn.parameters())
+        config = config.get_text_config(decoder=True)
         with torch.device(like.device), torch.no_grad():
             mixer = cls(attn, config, layer_idx, init)
             draw = torch.Generator().manual_seed(1_000_003 * seed + layer_idx)
@@ -501,7 +518,7 @@ class LinearAttention(nn.Module):
     def _normed(self, x, norm):
         if norm is None:
             return x
-        if norm.weight.numel() == self.head_dim:
+        if norm.weight.shape[-1] == self.head_dim:
             return norm(self.heads(x)).flatten(-2)
         return norm(x)
 
@@ -694,11 +711,33 @@ class HybridMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        mixer = MIXERS[config.linear_attn]
-        for layer_idx in config.linear_layers:
-            attn = attention_modules(self)[layer_idx]
-            swap(self, layer_idx, mixer(attn, config, layer_idx, config.linear_init))
+        n, attention = len(config.linear_layers), attention_modules(self)
+        kinds, inits = ([value] * n if isinstance(value, str) else value    # one for all, or a list
+                        for value in (config.linear_attn, config.linear_init))
+        for layer_idx, kind, init in zip(config.linear_layers, kinds, inits, strict=True):
+            swap(self, layer_idx, MIXERS[kind](attention[layer_idx], config, layer_idx, init))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but a checkpoint that does not fit is refused: transformers would
+        draw what is missing at random, and go on."""
+        shards = kwargs.get("distributed_config")
+        if any(kwargs.get(name) or getattr(shards, name, None) for name in ("tp_plan", "tp_size")):
+            raise UserError("a hybrid does not run tensor-parallel, since its linear layers have no "
+                            "plan for that; load it on one device, or with device_map='auto'.")
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = [f"{kind} {min(keys)}, {len(keys)} in all" for kind in ("missing", "unexpected")
+                 if (keys := info[f"{kind}_keys"])]
+        if wrong:
+            raise UserError(f"this checkpoint is damaged or not of this model ({'; '.join(wrong)}): "
+                            "save the hybrid again, or download it again.")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, under the parameters' own names: the names of the base's checkpoint
+        would be turned back by model type at loading, and a hybrid has a type of its own."""
+        super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused here: an error in the middle of generate_batch would only be logged."""
@@ -715,7 +754,8 @@ def __getattr__(name):
         made = type(name, (base,), {
             "model_type": MODEL_TYPE_PREFIX + base.model_type, "_auto_class": "AutoConfig",
             "__module__": __name__, **fields,
-            "__annotations__": {"linear_attn": str, "linear_layers": list, "linear_init": str}})
+            "__annotations__": {"linear_attn": str | list, "linear_layers": list,
+                                "linear_init": str | list}})
     else:
         made = type(name, (HybridMixin, base, GenerationMixin), {
             "config_class": getattr(_this_module(), f"Hybrid{base.config_class.__name__}"),
@@ -733,12 +773,14 @@ def is_hybrid_config(config):
 
 
 @contextlib.contextmanager
-def _as_hybrid(model, linear_attn, linear_layers, linear_init):
+def _as_hybrid(model):
     """Within the block, `model` is of its Hybrid class; the weights are not copied."""
     model_class, config_class = type(model), type(model.config)
     hybrid = getattr(_this_module(), "Hybrid" + model_class.__name__)
-    fields = {"linear_attn": linear_attn, "linear_layers": linear_layers,
-              "linear_init": linear_init}
+    layers, attention = linear_layers(model), attention_modules(model)
+    names = {mixer: name for name, mixer in MIXERS.items()}
+    fields = {"linear_layers": layers, "linear_init": [attention[i].init for i in layers],
+              "linear_attn": [names[type(attention[i])] for i in layers]}
     model.config.__class__, model.__class__ = hybrid.config_class, hybrid
     for name, value in fields.items():
         setattr(model.config, name, value)
@@ -765,15 +807,11 @@ def check_savable(model):
 def save_hybrid(model, directory, tokenizer=None):
     """Save `model` with whatever mixers are swapped in, as an ordinary checkpoint (safetensors,
     config, this file and kernels.py). Without any mixer, the base model is saved."""
-    layers = linear_layers(model)
-    if not layers:
+    if not linear_layers(model):
         model.save_pretrained(directory)
     else:
         check_savable(model)
-        mixers = [attention_modules(model)[i] for i in layers]
-        (kind,) = {name for name, cls in MIXERS.items() for m in mixers if type(m) is cls}
-        (init,) = {m.init for m in mixers}
-        with _as_hybrid(model, kind, layers, init):
+        with _as_hybrid(model):
             model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
