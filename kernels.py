@@ -502,6 +502,29 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 
 
 # -----------------------------------------------------------------------------
+# RMS norm of every head, with an output gate; with a scale it is the L2 norm of q and k
+
+@torch.compiler.disable
+def gated_rms_norm(x, weight=None, gate=None, eps=1e-5, scale=1.0, backend="auto"):
+    """y = scale . x / sqrt(mean(x^2) + eps) . weight . silu(gate), over the last dimension.
+
+    x and gate [B,T,H,D], weight [D]; a factor that is None is left out. All of it in fp32, rounded
+    once to x's dtype, with gradients to x, weight and gate. |y| = 1 for scale D^-0.5.
+    """
+    D = x.shape[-1]
+    if weight is not None and tuple(weight.shape) != (D,) or gate is not None and (
+            gate.shape != x.shape):
+        raise ValueError(f"x has shape {tuple(x.shape)}: weight takes [{D}], gate the same as x")
+    if _use_triton(backend, x):
+        return _NormKernels.apply(x, weight, gate, eps, scale)
+    dtype = _compute_dtype(x)
+    wide = x.to(dtype)
+    y = wide * (scale * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps))
+    y = y if weight is None else y * weight.to(dtype)
+    return (y if gate is None else y * F.silu(gate.to(dtype))).to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
 # Triton: the same chunkwise forms on a GPU, two launches forwards and two backwards
 #
 #   chunk   one program per chunk and head: what needs no state (P, the decays, and (1 + A)^-1
@@ -1108,6 +1131,54 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
             tl.store(dkernel + partial * D + cols, tl.sum(dtap, 0), mask=cols < D)
 
 
+@_jit
+def _norm_rows(x, rows, cols, stride, H, N, D):
+    """Rows (b, t, h) of x [B,T,H,D], whose tokens lie `stride` apart. fp32."""
+    inside = (rows[:, None] < N) & (cols[None, :] < D)
+    place = rows // H * stride + rows % H * D
+    return tl.load(x + place[:, None] + cols[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@_jit
+def _norm(x, weight, gate, y, x_stride, gate_stride, H, N, scale, eps, D: tl.constexpr,
+          BD: tl.constexpr, BN: tl.constexpr):
+    """A program owns BN of the N = B * T * H rows."""
+    rows, cols = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    xc = _norm_rows(x, rows, cols, x_stride, H, N, D)                       # [BN,BD]
+    z = xc * (scale * tl.rsqrt(tl.sum(xc * xc, 1) / D + eps))[:, None]
+    if weight is not None:
+        z *= tl.load(weight + cols, mask=cols < D, other=0).to(tl.float32)[None, :]
+    if gate is not None:
+        gc = _norm_rows(gate, rows, cols, gate_stride, H, N, D)
+        z *= gc * tl.sigmoid(gc)
+    _store(y, z, rows, cols, D, N, D)
+
+
+@_jit
+def _norm_backward(x, weight, gate, dy, dx, dweight, dgate, x_stride, gate_stride, H, N, scale, eps,
+                   D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Gradients for BN rows; that of the weight is summed over programs by the caller."""
+    rows, cols = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    xc = _norm_rows(x, rows, cols, x_stride, H, N, D)                       # [BN,BD]
+    dz = _load(dy, rows, cols, D, N, D).to(tl.float32) * scale
+    inverse = tl.rsqrt(tl.sum(xc * xc, 1) / D + eps)[:, None]
+    normed = xc * inverse
+    if weight is not None:
+        w = tl.load(weight + cols, mask=cols < D, other=0).to(tl.float32)[None, :]
+    else:
+        w = 1.0
+    if gate is not None:
+        gc = _norm_rows(gate, rows, cols, gate_stride, H, N, D)
+        sigmoid = tl.sigmoid(gc)
+        _store(dgate, dz * normed * w * sigmoid * (1 + gc * (1 - sigmoid)), rows, cols, D, N, D)
+        dz *= gc * sigmoid
+    if weight is not None:
+        tl.store(dweight + tl.program_id(0) * D + cols, tl.sum(dz * normed, 0), mask=cols < D)
+    dz *= w
+    dxc = inverse * (dz - normed * (tl.sum(dz * normed, 1) / D)[:, None])
+    _store(dx, dxc, rows, cols, D, N, D)
+
+
 # -----------------------------------------------------------------------------
 # Which form runs, and how the kernels are launched
 
@@ -1200,7 +1271,7 @@ def _config(q, V, delta):
         # fp16 the operands are tf32 and need twice the registers, but products 8 columns wide per
         # warp group (m64n8k8, suspected to fault) must not come up, so narrow keys stay with 4.
         few = q.dtype == torch.bfloat16 or KP == 16
-        gradients = (32, 64, 4) if delta else (32, 32, 4 if few else 8)
+        gradients = (32, 64, 4 if max(KP, VP) > 32 else 8) if delta else (32, 32, 4 if few else 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
@@ -1311,6 +1382,45 @@ class _ConvKernels(torch.autograd.Function):
         return dx, dkernel, dcache, None
 
 
+def _head_rows(x):
+    """x [B,T,H,D] with heads side by side and tokens evenly spaced, as in a slice of a projection:
+    itself where it is so, and how far its tokens lie apart."""
+    B, T, H, D = x.shape
+    if x.stride()[2:] != (D, 1) or B > 1 and x.stride(0) != T * x.stride(1):
+        x = x.contiguous()
+    return x, x.stride(1) if T > 1 else x.stride(0)
+
+
+class _NormKernels(torch.autograd.Function):
+    """The launches of gated_rms_norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gate, eps, scale):
+        x, x_stride = _head_rows(x)
+        gate, gate_stride = (None, 0) if gate is None else _head_rows(gate)
+        (B, T, H, D), y = x.shape, x.new_empty(x.shape)
+        BD = _padded(D)
+        ctx.numbers = x_stride, gate_stride, H, B * T * H, scale, eps
+        ctx.constants = dict(D=D, BD=BD, BN=max(1, 4096 // BD), num_warps=4)
+        _launch(_norm, (triton.cdiv(B * T * H, ctx.constants["BN"]),), x, weight, gate, y,
+                *ctx.numbers, **ctx.constants)
+        ctx.save_for_backward(x, weight, gate)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, gate = ctx.saved_tensors
+        programs = triton.cdiv(x.numel() // x.shape[-1], ctx.constants["BN"])
+        dx = x.new_empty(x.shape)
+        dgate = None if gate is None else gate.new_empty(gate.shape)
+        dweight = None if weight is None else weight.new_empty(
+            programs, x.shape[-1], dtype=torch.float32)
+        _launch(_norm_backward, (programs,), x, weight, gate, dy.contiguous(), dx, dweight, dgate,
+                *ctx.numbers, **ctx.constants)
+        return dx, None if weight is None else dweight.sum(0).to(weight.dtype), dgate, None, None
+
+
 def _run_step(q, k, v, g, beta, state, end):
     """Launch the recurrence; the final state goes to `end`, a new tensor if None."""
     (B, T, H, K), V = q.shape, v.shape[-1]
@@ -1364,7 +1474,7 @@ TOLERANCES = {
     torch.float32: (1e-5, {"dg": 2e-4}),
     torch.float16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2}),
     torch.bfloat16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2} | dict.fromkeys(
-        ("dq", "dk", "dv", "dstate", "dx", "dkernel", "dcache"), 8e-3))}
+        ("dq", "dk", "dv", "dstate", "dx", "dkernel", "dcache", "dgate"), 8e-3))}
 
 
 def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
@@ -1376,6 +1486,11 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
         inputs = dict(x=normal(B, T, K), kernel=normal(*((4, K) if decay == "static" else
                                                         (B, T, 4, K))), cache=normal(B, 3, K))
         return {name: x.to(dtype) for name, x in inputs.items()}
+    if op == "gated_rms_norm":
+        both = normal(B, T, 2 * H * K).to(dtype).chunk(2, -1)               # x, gate: not contiguous
+        x, gate = (half.unflatten(-1, (H, K)) for half in both)
+        inputs = dict(x=x, weight=normal(K), gate=gate) if decay == "gated" else dict(x=x)
+        return {name: x.to(dtype) if name != "weight" else x for name, x in inputs.items()}
     delta = op == "gated_delta_rule"
     g = -(20.0 if delta else 5.0) * uniform(B, T, H, *(() if delta else (K,)))
     g = {"strong": g, "mild": g / 100, "none": g * 0}[decay]
@@ -1414,19 +1529,21 @@ def _check_case(op, shape, decay, dtype, device):
     and, without gradients, of the step."""
     inputs = _random_inputs(op, *shape, decay, dtype, device)
     exact = {name: x.double() for name, x in inputs.items()}
-    if op == "causal_conv":
-        ours = lambda *x: causal_conv(*x, activation="silu", backend="triton")
-        loop = lambda *x: causal_conv(*x, activation="silu", backend="torch")
+    if op in OPS:
+        ours, loop = functools.partial(globals()[op], backend="triton"), globals()[op + "_recurrent"]
+    elif op == "causal_conv":
+        ours, loop = (functools.partial(causal_conv, activation="silu", backend=backend)
+                      for backend in ("triton", "torch"))
     else:
-        ours = lambda *x: globals()[op](*x, backend="triton")
-        loop = globals()[op + "_recurrent"]
+        ours, loop = (lambda *x, backend=backend: (gated_rms_norm(*x, backend=backend),)
+                      for backend in ("triton", "torch"))
     # rounded once, to what the kernels return, so that both ways get the same gradients
-    out_grads = [torch.randn_like(x, dtype=dtype if i == 0 or op == "causal_conv" else x.dtype)
-                 for i, x in enumerate(ours(*inputs.values()))]
+    out_grads = [torch.randn_like(x, dtype=dtype if x.dtype == torch.float64 else x.dtype)
+                 for x in ours(*inputs.values())]
     expected = _outputs_and_grads(loop, exact, out_grads)
     with _poisoned():
         results = _outputs_and_grads(ours, inputs, out_grads)
-        if op != "causal_conv":
+        if op in OPS:
             x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
             o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
                                       backend="triton")
@@ -1448,11 +1565,12 @@ def _check_cases(device):
         shapes = [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
                   (1, 140, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64), *shapes]
     for dtype in KERNEL_DTYPES if on_gpu else (torch.float32, torch.float16):
-        for op in (*OPS, "causal_conv"):
+        for op in (*OPS, "causal_conv", "gated_rms_norm"):
+            kinds = {"causal_conv": ("static", "per token"), "gated_rms_norm": ("gated", "plain")}
             for shape in shapes:
-                for decay in (("static", "per token") if op == "causal_conv" else
-                              ("strong", "mild", "none") if on_gpu else ("strong", "mild")):
-                    yield op, dtype, shape, decay
+                for kind in kinds.get(op, ("strong", "mild", "none") if on_gpu else
+                                      ("strong", "mild")):
+                    yield op, dtype, shape, kind
 
 
 def check(device, only=lambda op, dtype: True):
@@ -1512,6 +1630,11 @@ def _recorded_launches(arch):
                             for shape in ((2, 4096), shape, (2, 3)))
         y = _ConvKernels.apply(x, kernel, cache, "silu")
         y.backward(torch.empty_like(y))
+    for dtype in (bf16, fp32):
+        x, gate = (tensor(2, 4096, 16, 128, dtype=dtype) for _ in range(2))
+        for weight, gate in ((None, None), (tensor(128), gate)):
+            y = _NormKernels.apply(x, weight, gate, 1e-5, 1.0)
+            y.backward(torch.empty_like(y))
     _launch, _capability = launch, capability
     return launches
 
@@ -1527,9 +1650,11 @@ def _compile_job(kernel, args, constants, arch):
     constants |= {name: x for name, x in values.items()
                   if x is None or isinstance(x, int) and x == 1}
     signature = {name: "constexpr" if name in constants else
-                 "i32" if isinstance(values[name], int) else names[values[name].dtype]
+                 "i32" if isinstance(values[name], int) else
+                 "fp32" if isinstance(values[name], float) else names[values[name].dtype]
                  for name in kernel.arg_names}
     divisible = [i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+                 and signature[name] != "fp32"
                  and (signature[name] != "i32" or values[name] % 16 == 0)]
     return kernel.__name__, signature, constants, divisible, options, arch
 

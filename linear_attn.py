@@ -38,9 +38,9 @@ from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 try:  # inside a saved checkpoint, kernels.py is a sibling in a package; here, a plain module
-    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention
+    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 except ImportError:
-    from kernels import causal_conv, gated_delta_rule, gated_linear_attention
+    from kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 
 KNOWN_TRANSFORMERS = "5.15.1 to 5.24.0"     # the versions that hybrids are known to load with
 CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
@@ -410,15 +410,13 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, o, gate):                                     # both [B, T, H, D]
-        o = o.float() if o.dtype != torch.float64 else o
-        o = F.rms_norm(o, o.shape[-1:], self.weight.to(o.dtype), NORM_EPS)
-        return (o * F.silu(gate.to(o.dtype))).to(gate.dtype)
+        return gated_rms_norm(o.to(gate.dtype), self.weight, gate, NORM_EPS)
 
 
 def l2_normalize(x, eps=1e-6):
     """x / |x| over the last dimension, in fp32 (fp64 for fp64), back in x's dtype."""
-    wide = x.float() if x.dtype != torch.float64 else x
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    D = x.shape[-1]
+    return gated_rms_norm(x, eps=eps / D, scale=D ** -0.5)
 
 
 def inverse_softplus(x):
