@@ -909,7 +909,7 @@ def test_a_cache_is_known_under_every_name():
         cache = transformers.DynamicCache()
         mixer(x, **{name: cache})
         assert cache.get_seq_length() == 5
-    with pytest.raises(ValueError, match="under the name 'memory'"):
+    with pytest.raises(ValueError, match="unknown name 'memory'"):
         mixer(x, memory=cache)
 
 
