@@ -14,6 +14,7 @@ The last line on stdout is the result as one JSON object.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -37,9 +38,10 @@ from linear_attn import MIXERS
 PAPER_MIX = "nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,zjsd/RedStone-QA-oq@0.25"
 OPEN_STAND_IN = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
-BETAS, FINAL_LR, WARMUP, CLIP = (0.9, 0.95), 0.01, 50, 1.0
-START_BATCHES = 8           # the closed-form start reads this many batches
+BETAS, FINAL_LR, WARMUP, CLIP = (0.9, 0.95), 0.01, (5, 50), 1.0
+SOLVE_BATCHES, SOLVE_TOKENS = 8, 32     # a regression reads 8 batches, and 32 tokens a feature
 HELD_OUT = 32               # chunks
+FIRST_ROWS = 100            # of a stream: one of them must have text
 SHUFFLE_BUFFER = 1024       # chunks of a stream that are mixed with each other
 CHECKPOINTS = 20            # per run
 LOG_EVERY = 10              # steps
@@ -70,8 +72,10 @@ def pack(token_lists, seq_len):
 
 
 class FileCorpus:
-    """A .jsonl file (one document per line, in `column`) or a .txt file (one document), in
-    memory. The last chunks are held out; every pass over the rest has its own seeded order."""
+    """A .jsonl, .jsonl.gz or .parquet file (one document per row, in `column`) or a .txt file (one
+    document), in memory. The last chunks are held out; every pass over the rest has its own
+    seeded order."""
+    skipped = {}
 
     def __init__(self, path, column, tokenizer, seq_len, seed):
         documents = progress(read_documents(path, column), desc="tokenise", unit="doc",
@@ -128,7 +132,7 @@ def read_documents(path, column):
 class StreamCorpus:
     """Hub datasets, streamed and mixed by tokens in the proportions of their weights. The first
     chunks are held out; the rest passes through a seeded shuffle buffer. A dataset that ends is
-    begun again."""
+    begun again. `skipped`: {dataset: rows without text, which are passed over}."""
 
     def __init__(self, spec, columns, tokenizer, seq_len, seed):
         self.sources = parse_sources(spec)
@@ -150,7 +154,7 @@ class StreamCorpus:
     def _documents(self):
         """Tokenised documents, the next always from the dataset furthest behind its share."""
         iterators = [iter(stream) for stream in self.streams]
-        taken = [0] * len(iterators)
+        taken, self.skipped = [0] * len(iterators), {}
         while True:
             i = min(range(len(taken)), key=lambda j: taken[j] / self.sources[j][2])
             try:
@@ -159,6 +163,10 @@ class StreamCorpus:
                 log(f"corpus: {self.sources[i][0]} has ended and is read again")
                 iterators[i] = iter(self.streams[i])
                 row = next(iterators[i])
+            if not has_text(row, self.columns[i]):
+                name = self.sources[i][0]
+                self.skipped[name] = self.skipped.get(name, 0) + 1
+                continue
             tokens = encode_document(self.tokenizer, row[self.columns[i]])
             taken[i] += len(tokens)
             yield tokens
@@ -218,16 +226,21 @@ def open_stream(name, config):
                     f"{OPEN_STAND_IN} is open; a local .jsonl or .txt file works offline.")
 
 
+def has_text(row, column):
+    return isinstance(row.get(column), str) and row[column] != ""
+
+
 def check_column(stream, name, column):
-    first = next(iter(stream), None)
-    if first is None or not isinstance(first.get(column), str):
-        raise UserError(f"{name} has no text column {column!r}; its columns: "
-                        f"{', '.join(first or {})}. Name one with --text-column.")
+    first = list(itertools.islice(stream, FIRST_ROWS))
+    if not any(has_text(row, column) for row in first):
+        columns = ", ".join(first[0] if first else {})
+        raise UserError(f"{name} has no text in column {column!r} of its first {len(first)} rows; "
+                        f"its columns: {columns}. Name one with --text-column.")
 
 
 def open_corpus(args, tokenizer):
-    """The corpus that --data names: a local .jsonl or .txt file, else Hub datasets."""
-    if args.data.endswith((".jsonl", ".txt")):
+    """The corpus that --data names: a local file, else Hub datasets."""
+    if Path(args.data).is_file() or args.data.endswith((".jsonl", ".gz", ".parquet", ".txt")):
         if not Path(args.data).is_file():
             raise UserError(f"{args.data}: no such file.")
         return FileCorpus(args.data, args.text_column, tokenizer, args.seq_len, args.seed)
@@ -300,36 +313,51 @@ def unrounded_products():
 
 
 @torch.no_grad()
-def closed_form_start(model, mixers, batches, share_batch=False):
-    """Set every module's o_proj to the ridge regression of the teacher's attention outputs on the
-    module's own head outputs: what it computes is linear in o_proj, so this is the best o_proj
-    for its present features. With `share_batch` every rank has a part of the batches."""
-    normal = {}         # layer -> [X^T X | X^T Y] summed over tokens, fp64 [F (+ 1), F (+ 1) + C]
+def solve_o_proj(model, mixers, batches, share_batch=False):
+    """Solve every module's o_proj, a ridge regression of the teacher's attention outputs on the
+    module's own head outputs: its output is linear in o_proj, so this is the best for its present
+    features. Even and odd batches each propose a change, and so much of it is made as the others
+    confirm: a change that fits mere noise shrinks to nothing, so a solve does not harm a trained
+    o_proj. With `share_batch` every rank has a part of the batches."""
+    normal = {layer: [0, 0] for layer in mixers}    # [X^T X | X^T R] of even and of odd batches
 
     def visit(layer, hidden_states, target):
+        o_proj = mixers[layer].o_proj
         with student_precision(model):
             features = mixers[layer].head_outputs(hidden_states).float()            # [B, T, F]
-        if mixers[layer].o_proj.bias is not None:
-            features = F.pad(features, (0, 1), value=1.0)
-        both = torch.cat([features, target.float()], dim=-1)                        # [B, T, F + C]
         with unrounded_products():
+            rest = target.float() - o_proj(features)                                # [B, T, C]
+            if o_proj.bias is not None:
+                features = F.pad(features, (0, 1), value=1.0)
             # Many GPUs have hardly any fp64. Sums of one sequence are short enough for fp32, and
             # they are the same on any number of ranks.
-            for x, xy in zip(features, both):
-                normal[layer] = normal.get(layer, 0) + (x.T @ xy).double()
+            for x, xr in zip(features, torch.cat([features, rest], dim=-1)):
+                normal[layer][half] = normal[layer][half] + (x.T @ xr).double()
 
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        half = i % 2
         teacher_forward(model, batch, list(mixers), visit)
-    for layer, products in normal.items():
+    for layer, halves in normal.items():
         if share_batch:
-            add_up(products)
-        gram, moment = products.split([products.shape[0], products.shape[1] - products.shape[0]], 1)
-        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        solution = torch.linalg.solve(gram + ridge, moment).T.float()       # [C, F (+ 1)]
+            halves = [add_up(half) for half in halves]
+        halves = [half.tensor_split([len(half)], dim=1) for half in halves]
         o_proj = mixers[layer].o_proj
-        o_proj.weight.copy_(solution[:, : o_proj.in_features])
-        if o_proj.bias is not None:
-            o_proj.bias.copy_(solution[:, -1])
+        for (gram, moment), (test_gram, test_moment) in (halves, halves[::-1]):
+            ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+            change = torch.linalg.solve(gram + ridge, moment)                   # [F (+ 1), C]
+            best = (change * test_moment).sum() / (change * (test_gram @ change)).sum()
+            share = best.clamp(0, 1).nan_to_num()           # 0 / 0 where nothing is left to solve
+            change = (share / 2 * change).T.float()         # the mean of the two halves' changes
+            o_proj.weight += change[:, : o_proj.in_features]
+            if o_proj.bias is not None:
+                o_proj.bias += change[:, -1]
+
+
+def for_a_solve(stream, mixers, args):
+    """So many of a stream's batches that a regression cannot fit their noise."""
+    tokens = SOLVE_TOKENS * max(mixer.o_proj.in_features for mixer in mixers.values())
+    needed = math.ceil(tokens / (args.batch_size * args.seq_len))
+    return itertools.islice(stream, max(SOLVE_BATCHES, needed))
 
 
 @torch.no_grad()
@@ -351,21 +379,21 @@ def held_out_error(model, mixers, chunks, batch_size, share_batch=False):
     for batch in chunks.split(batch_size)[rank() if share_batch else 0::
                                           world_size() if share_batch else 1]:
         teacher_forward(model, batch, list(mixers), visit)
-    errors = {}
+    sums = to_host(sums.values())                                                       # [L, 4]
+    squares, total, total_squares, cosine = (add_up(sums) if share_batch else sums).T   # [L] each
     tokens = chunks.numel()
     count = tokens * model.config.get_text_config(decoder=True).hidden_size
-    totals = to_host(sums.values())                                                     # [L, 4]
-    if share_batch:
-        add_up(totals)
-    for layer, (squares, total, total_squares, cosine) in zip(sums, totals.tolist()):
-        mse, variance = squares / count, total_squares / count - (total / count) ** 2
-        errors[layer] = {"mse": mse, "relative_mse": mse / variance, "cosine": cosine / tokens}
-    return errors
+    mse, variance = squares / count, total_squares / count - (total / count) ** 2
+    columns = {"mse": mse, "relative_mse": mse / variance, "cosine": cosine / tokens}
+    return {layer: {name: column[i].item() for name, column in columns.items()}
+            for i, layer in enumerate(mixers)}
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, then a cosine from `peak` to FINAL_LR * peak."""
-    warmup = min(WARMUP, steps // 10)
+    """Linear warm-up over a tenth of the steps, but 5 to 50, since Adam's first steps move every
+    weight by the whole rate; then a cosine from `peak` to FINAL_LR * peak."""
+    least, most = WARMUP
+    warmup = min(most, max(least, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
     fraction = (step - warmup) / max(steps - warmup, 1)
@@ -640,8 +668,7 @@ def distill(model, corpus, args, out, layers):
     else:
         if args.init == "inherit":
             stream = batches_of_rank(corpus, args, 0, share_batch)
-            closed_form_start(model, mixers, (next(stream) for _ in range(START_BATCHES)),
-                              share_batch)
+            solve_o_proj(model, mixers, for_a_solve(stream, mixers, args), share_batch)
         errors = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size,
                                        share_batch))
         first, so_far = 0, {"seconds": 0.0, "start": errors}
@@ -667,6 +694,10 @@ def distill(model, corpus, args, out, layers):
             check_weights(kept, step)
             so_far["seconds"] = time.perf_counter() - began
             save_checkpoint(out, step + 1, kept, optimizers, so_far)
+    optimizers.clear()              # they are on disk, and the solve needs their memory
+    if args.init == "inherit":      # Adam's steps are coarse for o_proj: solved again, it is at its
+        # best for what the features have become, so a short run, too, ends better than it began
+        solve_o_proj(model, mixers, for_a_solve(stream, mixers, args), share_batch)
     end = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size, share_batch))
     journal.write(event="held-out", step=steps, errors=end)
     tokens = steps * args.batch_size * args.seq_len
@@ -684,7 +715,8 @@ def parse_args():
     parser.add_argument("--init", choices=("inherit", "random"), default="inherit",
                         help="start from the teacher's projections, or (ablation) from nothing")
     parser.add_argument("--layers", help="distill only these, e.g. 3,7-12 (default: all)")
-    parser.add_argument("--data", help="a .jsonl or .txt file, or Hub datasets id:config@weight,... "
+    parser.add_argument("--data", help="a .jsonl, .jsonl.gz, .parquet or .txt file, or Hub "
+                        "datasets id:config@weight,... "
                         f"(default with a Hub model: the paper's mix, {PAPER_MIX})")
     parser.add_argument("--text-column", default="text",
                         help="column with the text; one for all datasets, or one each")
@@ -714,7 +746,8 @@ def check_args(args):
     if args.out is None:
         raise UserError("--out is missing: the directory that this run is to be saved in.")
     if args.data is None and Path(args.model).exists():
-        raise UserError("--data is missing: a .jsonl or .txt file, or Hub datasets.")
+        raise UserError("--data is missing: a .jsonl, .jsonl.gz, .parquet or .txt file, or "
+                        "Hub datasets.")
     args.data = args.data or PAPER_MIX
     if args.shard == "batch" and args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} cannot be divided among {world_size()} "
@@ -743,7 +776,7 @@ def main():
     corpus = open_corpus(args, tokenizer)
     corpus.describe(args.tokens)
     recipe = {"lr": args.lr, "final_lr": FINAL_LR, "warmup": WARMUP, "betas": BETAS, "clip": CLIP,
-              "start_batches": START_BATCHES, "seq_len": args.seq_len,
+              "solve": (SOLVE_BATCHES, SOLVE_TOKENS), "seq_len": args.seq_len,
               "batch_size": args.batch_size, "dtype": str(model.dtype)}
     settings = {
         "teacher": args.model, "teacher_fingerprint": fingerprint(model), "attn": args.attn,
@@ -757,7 +790,9 @@ def main():
         mixers, outcome = distill(model, corpus, args, out, layers)
         for layer, mixer in mixers.items():
             save_tensors(layer_file(out, layer), mixer.state_dict())
-        record = {**record, **outcome, "finished": True}
+        for name, rows in corpus.skipped.items():
+            log(f"corpus: {rows:,} rows of {name} have no text and were skipped")
+        record = {**record, **outcome, "skipped_rows": corpus.skipped, "finished": True}
         gather("all layers are saved")
         if rank() == 0:
             write_json(out / "distill.json", record)

@@ -38,9 +38,9 @@ from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 try:  # inside a saved checkpoint, kernels.py is a sibling in a package; here, a plain module
-    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention
+    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 except ImportError:
-    from kernels import causal_conv, gated_delta_rule, gated_linear_attention
+    from kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 
 KNOWN_TRANSFORMERS = "5.15.1 to 5.24.0"     # the versions that hybrids are known to load with
 CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
@@ -48,6 +48,7 @@ NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck
 GATE_NORMALIZER = 16    # GLA: log decay = logsigmoid(x) / 16
 MIN_LOG_DECAY = -5.0    # GLA: the kernels are exact down to this log decay per step
+GAP = 21                # padded tokens between documents: exp(-5 * 21) is 0 in fp32
 START_LOG_DECAY = (0.01, 0.03)  # inherited start: -log decay per step, spread over the heads
 
 
@@ -228,76 +229,81 @@ def _visible(mask):
 
 
 class Rows(NamedTuple):
-    """A call's tokens [B, T] where some are padding or a row holds several documents (packing):
-    the real tokens of a row brought together at its start, in order, padding behind them."""
-    order: torch.Tensor             # [B, T] which token of the call stands here
-    real: torch.Tensor              # [B, T] bool: not padding
-    first: torch.Tensor | None      # [B, T] bool: begins another document; None if none does
+    """A call's tokens [B, T] laid out for a mixer, where some are padding or a row holds several
+    documents (packing): in each of the B rows, of R >= T places, the real tokens in order, the
+    padded ones behind them. Before another document stands a gap, in which all is forgotten."""
+    order: torch.Tensor             # [B, R] which token of the call stands here
+    place: torch.Tensor             # [B, T] its inverse: where each token of the call stands
+    real: torch.Tensor              # [B, R] bool: neither padding nor a gap
+    gap: torch.Tensor | None        # [B, R] bool; None where no row holds several documents
 
     @classmethod
     def of(cls, attention_mask, length):
         """From a mask as `padding_mask` takes it. Documents show in its second form, as a token
-        that may not attend to the real one before it; to know whether there are any, a host waits
-        for its GPU, but not for a single token (decoding)."""
+        that may not attend to the real one before it."""
         real = padding_mask(attention_mask, length)
         if length == 1:
-            return cls(torch.zeros_like(real, dtype=torch.long), real, None)
+            only = torch.zeros_like(real, dtype=torch.long)
+            return cls(only, only, real, None)
         order = real.logical_not().byte().argsort(dim=1, stable=True)
-        real = real.gather(1, order)
+        real, rows = real.gather(1, order), cls(order, order.argsort(1), real.gather(1, order), None)
         if attention_mask.dim() == 2:
-            return cls(order, real, None)
+            return rows
         queries, keys = attention_mask.shape[-2:]
         before = order[:, 1:] * keys + order[:, :-1] + keys - queries               # [B, T-1]
         seen = _visible(attention_mask[:, 0].flatten(1).gather(1, before))
-        return cls(order, real, _if_any(F.pad(real[:, 1:] & ~seen, (1, 0))))
+        return rows.with_gaps(F.pad(real[:, 1:] & ~seen, (1, 0)))
 
     @classmethod
     def of_positions(cls, position_ids):
-        """From positions [1, T] without padding, which restart where a document begins; or None."""
-        first = _if_any(F.pad(position_ids.diff(dim=1) <= 0, (1, 0)))
-        if first is None:
-            return None
-        order = torch.arange(first.shape[1], device=first.device).unsqueeze(0)
-        return cls(order, torch.ones_like(first), first)
+        """From positions [B, T] without padding, which restart where a document begins."""
+        order = torch.arange(position_ids.shape[1], device=position_ids.device)
+        order = order.expand_as(position_ids)
+        rows = cls(order, order, torch.ones_like(order, dtype=torch.bool), None)
+        return rows.with_gaps(F.pad(position_ids.diff(dim=1) <= 0, (1, 0)))
+
+    def with_gaps(self, first):
+        """With a gap before each `first` token of another document, [B, T] bool. Their number
+        decides R, so a host waits here for its GPU."""
+        most = int(first.sum(1).max())
+        if most == 0:
+            return self
+        T = first.shape[1]
+        slot = torch.arange(T, device=first.device) + GAP * first.cumsum(1)         # [B, T]
+        rows = slot.new_zeros(len(first), T + GAP * most)                           # [B, R]
+        gap = torch.arange(rows.shape[1], device=first.device) < slot[:, -1:]
+        return Rows(rows.scatter(1, slot, self.order), slot.gather(1, self.place),
+                    rows.bool().scatter(1, slot, self.real), gap.scatter(1, slot, False))
 
     def gather(self, x):
-        """x [B, T, C] from the call's order into that of the rows."""
+        """x [B, T, C] laid out, [B, R, C]."""
         return x.take_along_dim(self.order.unsqueeze(-1), 1)
 
     def scatter(self, o):
-        """o [B, T, H, D] back into the call's order."""
-        return o.take_along_dim(self.order.argsort(1)[:, :, None, None], 1)
+        """o [B, R, H, D] as the call has its tokens, [B, T, H, D]."""
+        return o.take_along_dim(self.place[:, :, None, None], 1)
 
     def written(self, x):
-        """k or beta [B, T, channels]: a padded token writes nothing."""
+        """k, beta or a convolution's input, [B, R, channels]: only a real token writes."""
         return x.masked_fill(~self.real.unsqueeze(-1), 0)
 
     def decays(self, g):
-        """Log decays [B, T, channels]: a padded token forgets nothing, a first one everything."""
+        """Log decays [B, R, channels]: padding forgets nothing, a gap everything."""
         g = g.masked_fill(~self.real.unsqueeze(-1), 0)
-        return g if self.first is None else g.masked_fill(self.first.unsqueeze(-1), -torch.inf)
-
-
-def _if_any(first):
-    return first if torch.compiler.is_compiling() or first.any() else None
+        return g if self.gap is None else g.masked_fill(self.gap.unsqueeze(-1), MIN_LOG_DECAY)
 
 
 def short_conv(x, kernel, rows, cache):
-    """SiLU(causal_conv(x, kernel)) and its new cache, as kernels.py has them, where `rows` (a Rows,
-    or None) is x's: no tap reaches into another document, and the cache holds the last W-1 real
-    inputs."""
+    """SiLU(causal_conv(x, kernel)) and the new cache, as kernels.py has them, of x [B, R, D] as
+    `rows` (a Rows, or None) laid it out: the cache holds what lies before the last real token."""
     if rows is None:
         return causal_conv(x, kernel, cache, activation="silu")
-    W = kernel.shape[-2]
-    last = rows.real.sum(1, keepdim=True) + torch.arange(W - 1, device=x.device)    # [B, W-1]
+    x, W = rows.written(x), kernel.shape[-2]
     before = x.new_zeros(len(x), W - 1, x.shape[-1]) if cache is None else cache.to(x.dtype)
-    tail = torch.cat([before, x], 1).take_along_dim(last.unsqueeze(-1), 1)          # [B, W-1, D]
-    if rows.first is not None:
-        document = rows.first.cumsum(1)                                             # [B, T]
-        inputs = F.pad(document, (W - 1, 0))                                        # [B, W-1+T]
-        tail = tail * (inputs.gather(1, last) == document[:, -1:]).unsqueeze(-1)
-        own = inputs.unfold(1, W, 1) == document.unsqueeze(-1)                      # [B, T, W]
-        kernel = kernel * own.unsqueeze(-1)                                         # [B, T, W, D]
+    number = torch.arange(1, x.shape[1] + W, device=x.device)
+    last = (rows.real * number[:x.shape[1]]).amax(1, keepdim=True)      # [B, 1], counted from 1
+    tail = torch.cat([before, x], 1).take_along_dim(
+        (last + number[:W - 1] - 1).unsqueeze(-1), 1)                   # [B, W-1, D]
     return causal_conv(x, kernel, cache, activation="silu")[0], tail
 
 
@@ -404,15 +410,13 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, o, gate):                                     # both [B, T, H, D]
-        o = o.float() if o.dtype != torch.float64 else o
-        o = F.rms_norm(o, o.shape[-1:], self.weight.to(o.dtype), NORM_EPS)
-        return (o * F.silu(gate.to(o.dtype))).to(gate.dtype)
+        return gated_rms_norm(o.to(gate.dtype), self.weight, gate, NORM_EPS)
 
 
 def l2_normalize(x, eps=1e-6):
     """x / |x| over the last dimension, in fp32 (fp64 for fp64), back in x's dtype."""
-    wide = x.float() if x.dtype != torch.float64 else x
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    D = x.shape[-1]
+    return gated_rms_norm(x, eps=eps / D, scale=D ** -0.5)
 
 
 def inverse_softplus(x):
@@ -520,9 +524,9 @@ class LinearAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
     def rows(self, hidden_states, attention_mask, position_ids):
-        """How the tokens of hidden_states [B, T, C] lie in rows (a Rows), or None: row by row one
-        document without padding. Flash attention gets packed documents without a mask, [1, T, C],
-        and knows them by their positions; all others get a mask then."""
+        """How hidden_states [B, T, C] are laid out: a Rows, or None where each row is one document
+        without padding. Packed documents show in the mask, but flash attention gets none: it knows
+        them, in a batch of one, by their positions."""
         B, T, _ = hidden_states.shape
         if isinstance(attention_mask, torch.Tensor):
             return Rows.of(attention_mask.expand(B, *attention_mask.shape[1:]), T)

@@ -175,12 +175,14 @@ def pooled_outputs(model, mixers, prepared):
         def visit(layer, hidden_states, full):
             states = full, mixers[layer](hidden_states)[0]                  # [B, T, C] each
             for into, state in zip(pooled[layer], states):
-                weight = real.to(state.device, torch.float64).unsqueeze(-1)     # [B, T, 1]
+                weight = real.to(state.device, torch.float64, non_blocking=True)
+                weight = weight.unsqueeze(-1)                                   # [B, T, 1]
                 means = (state.double() * weight).sum(1) / weight.sum(1)        # [B, C]
-                for i, mean in zip(rows, means.cpu()):
+                for i, mean in zip(rows, means):
                     into[i] = mean
         teacher_forward(model, ids, sorted(mixers), visit)
-    return {layer: tuple(map(torch.stack, both)) for layer, both in pooled.items()}
+    return {layer: tuple(torch.stack(states).cpu() for states in both)
+            for layer, both in pooled.items()}
 
 
 def fit_probe(states, labels, num_classes):
@@ -524,8 +526,9 @@ def time_distillation(model, mixers, batch, steps):
             "peak_memory": peak_memory(model.device)}
 
 
-def time_search(model, mixers, prepared):
-    """Hours for all rounds of Algorithm 1, and what they cost in layer-token forwards."""
+def time_search(model, mixers, prepared, whole):
+    """Hours for all rounds of Algorithm 1 on `whole` items, in proportion to the items run, and
+    what those cost in layer-token forwards."""
     num_layers, cost = len(mixers), collections.Counter()
     with FlopCounterMode(display=False) as counter:
         answer_hybrids(model, prepared, mixers, prepared.batches[0], [()], cost=cost)
@@ -539,7 +542,9 @@ def time_search(model, mixers, prepared):
         greedy(lambda sets: [score.mean() for score in evaluate_hybrids(
             model, prepared, mixers, sets, cost=cost, bar=bar)], num_layers, run_all=True)
     seconds = clock(model.device) - began
-    return {"hours": seconds / 3600, "seconds": seconds, "evaluations": evaluations,
+    items = len(prepared.docs)
+    return {"hours": seconds * whole / items / 3600, "seconds": seconds, "items": items,
+            "of_items": whole, "evaluations": evaluations,
             "layer_tokens": cost["run"], "plain_layer_tokens": cost["plain"],
             "flops_per_second": flops_each * cost["run"] / seconds,
             "peak_memory": peak_memory(model.device)}
@@ -554,7 +559,7 @@ def clock(device):
 def benchmark(args):
     """JetBlock on a model of Qwen2.5-1.5B's shape: distillation on 32 x 512 random tokens a step,
     and the search over all 28 layers on 500 items of 400 random tokens and three single-token
-    choices. On a CPU the same on a tiny model, to see that it runs."""
+    choices; with --limit on fewer. On a CPU the same on a tiny model, to see that it runs."""
     if world_size() > 1:
         raise UserError("--benchmark measures one process; start it without torchrun.")
     if args.model or args.blocks or args.task or args.out:
@@ -569,24 +574,28 @@ def benchmark(args):
     mixers = make_mixers(model, "jet", range(size["num_hidden_layers"]), "inherit", args.seed)
     rng = random.Random(args.seed)
     docs = [{"context": demo_text(rng.randrange(64) for _ in range(length)),
-             "choices": ["t1", "t2", "t3"], "gold": rng.randrange(3)} for _ in range(items)]
+             "choices": ["t1", "t2", "t3"], "gold": rng.randrange(3)}
+            for _ in range(min(items, args.limit or items))]
     prepared = Prepared(CHOICE_FILE, docs, model, demo_tokenizer(), args.batch_size)
     draw = torch.Generator().manual_seed(args.seed)
     batch = torch.randint(size["vocab_size"], shape, generator=draw)
     phases = {"distillation": time_distillation(model, mixers, batch, steps)}
     for mixer in mixers.values():
         mixer.to(dtype).eval().requires_grad_(False)
-    phases["search"] = time_search(model, mixers, prepared)
+    phases["search"] = time_search(model, mixers, prepared, items)
     limit = measured_limits()["tflop_s"] * 1e12 if gpu else None
     name = torch.cuda.get_device_name() if gpu else "CPU, a tiny model: the hours mean nothing"
-    log(f"{name}: {items} items of {length} tokens, {len(mixers)} layers, jet")
+    log(f"{name}: {len(docs)} items of {length} tokens, {len(mixers)} layers, jet")
     for phase, row in phases.items():
         row["share_of_matrix_rate"] = limit and row["flops_per_second"] / limit
         share = "not measured" if limit is None else f"{row['share_of_matrix_rate']:.1%}"
         log(f"  {phase}: {row['hours']:.3g} hours (paper: {PAPER_HOURS} of an A800), peak memory "
             f"{row['peak_memory'] / 2**20:,.0f} MiB, share of the measured matrix rate: {share}")
-    log(f"  distillation at {phases['distillation']['tokens_per_second']:,.0f} tokens per second, "
-        f"hours for {PAPER_TOKENS:,}; search of {phases['search']['evaluations']} evaluations")
+    log(f"  distillation: {steps} steps of {batch.numel():,} tokens, at "
+        f"{phases['distillation']['tokens_per_second']:,.0f} tokens per second, in proportion to "
+        f"{PAPER_TOKENS:,}")
+    log(f"  search: {phases['search']['evaluations']} evaluations in "
+        f"{phases['search']['seconds']:.1f} s on {len(docs)} items, in proportion to {items}")
     return {"device": name, "batch_size": args.batch_size, "versions": versions(), **phases}
 
 
@@ -621,7 +630,8 @@ def parse_args():
                         "candidate, in place of those below it once: slower, the same scores")
     parser.add_argument("--layers", help="no search: score and save just this set, e.g. 4,8,12")
     parser.add_argument("--benchmark", action="store_true", help="no search: time both phases on a "
-                        "random model of Qwen2.5-1.5B's shape (a tiny one on a CPU)")
+                        "random model of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N "
+                        "searches on N of 500 items")
     parser.add_argument("--out", help="directory for the journal, the result and the checkpoints")
     return parser.parse_args()
 
