@@ -9,7 +9,7 @@ import datetime
 import functools
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -935,6 +935,21 @@ def test_caches_that_cannot_work_are_refused():
         mixers[1](torch.zeros(1, 4, 32), past_key_values=object())
 
 
+@pytest.mark.parametrize("attn, channels", (("gla", 0), ("gdn", 3 * 32), ("jet", 32)))
+def test_bytes_of_a_linear_layers_memory(attn, channels):
+    """H D D fp32 numbers and the convolution's tail, W - 1 inputs of its channels, after any number
+    of tokens; a softmax layer keeps 2 kv_heads D numbers of every token."""
+    model = random_model(FAMILIES["llama"]()).bfloat16()
+    swap(model, 1, shaken_mixers(model, attn)[1])
+    for length in (8, 24):
+        layers = model(tokens(2, length)).past_key_values.layers
+        linear = [t for t in (layers[1].recurrent, layers[1].conv) if t is not None]
+        softmax = layers[0].keys, layers[0].values
+        size = lambda tensors: sum(t.nbytes for t in tensors)
+        assert size(linear) == 2 * (4 * 8 * 8 * 4 + (linear_attn.CONV_SIZE - 1) * channels * 2)
+        assert size(softmax) == 2 * length * (2 * 2 * 8 * 2)
+
+
 # ------------------------------------------------------------------------------------------------
 # linear_attn.py: a hybrid is an ordinary checkpoint
 
@@ -1101,6 +1116,28 @@ def test_a_damaged_hybrid_is_refused(lab, tmp_path, monkeypatch, capsys):
         assert code == 2 and "model.layers.1.mlp.up_proj.weight" in err.splitlines()[-1], err
     with pytest.raises(UserError, match="missing model.layers.1.mlp.up_proj.weight, 1 in all"):
         linear_attn.load_hybrid(path)
+
+
+@pytest.mark.parametrize("what", ("chat", "tune"))
+def test_readme_chats_and_fine_tunes(what, lab, tmp_path):
+    """README's lines, run in another process on a small hybrid; the tuned one loads and differs."""
+    if not importlib.util.find_spec("peft"):
+        pytest.skip("peft is not installed")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, = (block for block in blocks if ("peft" in block) == (what == "tune"))
+    model, tokenizer = load_lab_model(lab)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with replace.replaced(model, shaken_mixers(model, "jet"), (1, 2)):
+        linear_attn.save_hybrid(model, tmp_path / "runs" / "jet-pubmedqa" / "opt", tokenizer)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""})
+    assert run.returncode == 0, run.stderr[-2000:]
+    if what == "chat":
+        assert run.stdout.strip()
+    else:
+        before, after = (linear_attn.load_hybrid(tmp_path / "runs" / name)(tokens(1, 5)).logits
+                         for name in ("jet-pubmedqa/opt", "tuned"))
+        assert after.isfinite().all() and not torch.equal(before, after)
 
 
 def test_a_model_without_mixers_is_saved_as_the_base(tmp_path):
@@ -2630,6 +2667,31 @@ def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, monkeypatch, capsy
     assert result["opt"]["test"] == pytest.approx(
         naive_accuracy(hybrid, tokenizer, lab / "test.jsonl"))
     assert result["cost"]["evaluations"] == 2
+
+
+def test_a_bf16_base_gives_a_bf16_hybrid_with_a_model_card(lab, runs, tmp_path, monkeypatch, capsys):
+    """A CPU holds bf16 models in fp32, but what it saves is no wider than the base; scores are of
+    the rounded weights, so eval.py gives the same. It says nothing of model types, and asks for
+    no leave to run code."""
+    model, tokenizer = load_lab_model(lab)
+    model.bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = replace_command(lab, runs["jet"], tmp_path / "out", model=tmp_path / "base", layers="1-2")
+    code, result, err = call(words, monkeypatch, capsys)
+    assert code == 0, err
+    warned = []
+    monkeypatch.setattr(transformers.configuration_utils.logger, "warning", warned.append)
+    opt = tmp_path / "out" / "opt"
+    assert {t.dtype for t in load_file(opt / "model.safetensors").values()} == {torch.bfloat16}
+    code, scores, err = call(command("eval.py", model=opt, task=lab / "test.jsonl"), monkeypatch,
+                             capsys)
+    assert scores["results"][0]["value"] == result["opt"]["test"] and not warned
+    card = (opt / "README.md").read_text()
+    for text in (f"Layers [1, 2] of `{tmp_path / 'base'}`", "(n = 24)", "(n = 16)", "2601.11667",
+                 f"| {result['opt']['test']:.4f} +- ", f"{result['test_base']:.4f} +- ",
+                 "python distill.py --model", " ".join(map(str, words)), "trust_remote_code=True",
+                 transformers.__version__, "corpus.jsonl (4,096 tokens)", "continuous batching"):
+        assert text in card, text
 
 
 def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
