@@ -29,10 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eval import (
-    DEMO, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, digest, fingerprint,
-    finish, gather, join_ranks, load_model, lock_dir, log, make_demo, make_output_dir, max_length,
-    parse_layers, positive, progress, rank, read_docs, run_script, versions, world_size,
-    write_atomic, write_json)
+    DEMO, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, command_line,
+    digest, fingerprint, finish, gather, join_ranks, load_model, lock_dir, log, make_demo,
+    make_output_dir, max_length, parse_layers, positive, progress, rank, read_docs, run_script,
+    versions, world_size, write_atomic, write_json)
 from linear_attn import MIXERS
 
 PAPER_MIX = "nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,zjsd/RedStone-QA-oq@0.25"
@@ -546,7 +546,7 @@ def open_run(args, settings):
     if record is None:
         if any((out / name).exists() for name in ("config.json", "result.json", "search.jsonl")):
             raise UserError(f"{out} already holds something else; give another --out.")
-        record = {"finished": False, **settings}
+        record = {"finished": False, "command": command_line(), **settings}
         write_json(out / "distill.json", record)
         return out, record
     if not args.resume:

@@ -36,6 +36,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -129,6 +130,11 @@ def run_script(main):
 def _say(message, code):
     print(" ".join(message.split()), file=sys.stderr)
     return code
+
+
+def command_line():
+    """The command that runs now, for people to run it again."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def positive(kind):
@@ -281,7 +287,11 @@ def add_model_flags(parser):
 
 def read_config(name, trust_remote_code=False):
     """The raw config of a model (a dict), from a directory or the Hub. Raises UserError."""
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    here, there = Path(name).exists(), (Path(name) / "config.json").is_file()
+    if not there and (name.lower().endswith("gguf") or list(Path(name).glob("*.gguf"))):
+        raise UserError(f"{name} is GGUF: convert it first, with AutoModelForCausalLM and AutoTokenizer"
+                        ".from_pretrained(FOLDER, gguf_file=FILE) and their save_pretrained(OUT).")
+    if here and not there:
         raise UserError(f"{name} holds no config.json, so it is not a model directory.")
     try:
         config, _ = transformers.PreTrainedConfig.get_config_dict(name)
@@ -308,30 +318,57 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     config = read_config(name, trust_remote_code)
     if base_only and is_hybrid(config):
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
+    quantised = config.get("quantization_config") is not None
+    if base_only and quantised:
+        raise UserError(f"{name} is quantised, and such layers are neither distilled nor replaced: "
+                        "give the model in bf16, or one that dequantize() and save_pretrained made.")
     kwargs = {"device_map": "auto"} if device == "auto" else {}
     device = find_device(device)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     kwargs["dtype"] = getattr(torch, dtype)
+    load = linear_attn.load_hybrid if is_hybrid(config) else functools.partial(
+        AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if is_hybrid(config):
-            model = linear_attn.load_hybrid(name, **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        model, info = load(name, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(f"its checkpoint has no {min(info['missing_keys'])}")
+        if "device_map" not in kwargs and not quantised:        # those are where they must be
+            model = model.to(device)
+        model = model.eval().requires_grad_(False)
+        if model.config.is_encoder_decoder or not is_causal(model):
+            raise ValueError("it is not causal, a token sees those after it")
+        tokenizer = AutoTokenizer.from_pretrained(name, config=model.config,
+                                                  trust_remote_code=trust_remote_code)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        advice = "; load it unquantised, in bf16" if quantised else (
+            "; take what its config.json says of attention out" if "Attention" in reason else "")
         raise UserError(f"{name} does not load as a causal language model with a tokenizer: "
-                        f"{reason}")
-    if "device_map" not in kwargs:
-        model = model.to(device)
-    model = model.eval().requires_grad_(False)
-    if model.config.is_encoder_decoder or not is_causal(model):
-        raise UserError(f"{name} is not a causal language model.")
+                        f"{reason}{advice}")
     if base_only:
-        attention_modules(model)                        # refuses what cannot be converted
+        check_replaceable(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_replaceable(model):
+    """Raise UserError if the model does not run with every second layer linear, be it the even or
+    the odd ones: some layers hand keys and values on, or get a mask that no linear layer reads."""
+    attention = attention_modules(model)
+    mixer = functools.cache(lambda device: linear_attn.MIXERS["gla"](
+        attention[0], model.config, 0, "random").to(device, model.dtype))
+    stand_ins = {i: mixer(next(attn.parameters()).device) for i, attn in enumerate(attention)}
+    for first in (0, 1):
+        try:
+            with replaced(model, stand_ins, range(first, len(attention), 2)):
+                model(torch.tensor([[0, 1]], device=model.device), use_cache=False)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{type(model).__name__}: its layers cannot be replaced one by one "
+                            f"({type(error).__name__}: {reason}); this model cannot be converted.")
 
 
 @torch.no_grad()
@@ -340,6 +377,16 @@ def is_causal(model):
     ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
     first, other = model(ids, use_cache=False).logits[:, 0].float()             # [V] each
     return not (first - other).abs().max() > 1e-4 * first.abs().max()           # NaN is not its task
+
+
+def dtype_to_save(name, model, asked):
+    """The dtype of a hybrid's checkpoint: the model's, but if --dtype was not `asked` for ("auto")
+    never wider than the base's own, since a CPU holds all models in fp32."""
+    config = read_config(name, trust_remote_code=True)
+    own = next((part[key] for part in (config, config.get("text_config") or {})
+                for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
+    own = getattr(torch, own)
+    return own if asked == "auto" and own.itemsize < model.dtype.itemsize else model.dtype
 
 
 def find_device(name):
@@ -364,7 +411,20 @@ def find_device(name):
 
 def max_length(model):
     """The longest input in tokens, or None where the config names no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def reach(model):
+    """How many positions a forward may have, padding and what a cache holds included: no more than
+    a table of positions has, nor, of RoPE whose factors change with the length (longrope), than
+    are read with its first factors. A longer request is read whole and unpadded."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    return min([max_length(model) or math.inf] + [
+        kind["original_max_position_embeddings"] for kind in kinds
+        if kind.get("rope_type") == "longrope"])
 
 
 def fingerprint(model):
@@ -415,6 +475,7 @@ class Task:
     fixed_shots: tuple = ()
     hub: tuple = None           # dataset and configuration
     splits: tuple = None        # the split to search on and the split to report, see split_docs
+    resplit: Callable = None    # rows, split -> rows, where the Hub has all in one split, train
     short: str = ""             # the paper's names
     paper: dict = None          # the paper's score of each of MODELS in percent, nothing replaced
 
@@ -482,6 +543,7 @@ class Task:
         """Raise UserError, saying why, unless the document can be asked and its gold parses."""
         if not isinstance(doc, dict):
             raise UserError("not a JSON object")
+        check_json(doc)
         missing = [field for field in self.fields if doc.get(field) is None]
         if missing:
             raise UserError(f"no field {missing[0]!r}; {self.name} needs {', '.join(self.fields)}")
@@ -498,6 +560,19 @@ class Task:
                 raise UserError(f"the gold answer is {gold!r}, there are {len(requests)} choices")
         elif not (texts and all(isinstance(text, str) for text in texts)):
             raise UserError(f"the gold answer {gold!r} is not a text")
+
+
+def check_json(doc):
+    """Raise UserError unless every field can be written as JSON in UTF-8, as fingerprints need."""
+    for field, value in doc.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"field {field!r} holds {error.object[error.start]!r}, one half of a "
+                            "surrogate pair, which is no character: mend the text") from None
+        except (TypeError, RecursionError) as error:
+            raise UserError(f"field {field!r} cannot be written as JSON ({error}): drop it, or "
+                            "make a text of it") from None
 
 
 def paper(*scores):
@@ -655,6 +730,26 @@ MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
                    for n, top in ((3, "[85, 75, 65] "), (2, "[85, 75] "),
                                   (5, "[85, 75, 65, 58, 35]"))]})
 
+PUBMEDQA_TEST = "178ce354f19c0b3b"  # digest of the official test items' sorted numbers
+
+
+def pubmedqa_split(rows, split):
+    """Of the 1,000 labelled rows the official test set, or the rest for any other split, with the
+    fields of the original files. Made as its authors made it (pubmedqa/pubmedqa on GitHub,
+    split_dataset.py). Raises ValueError if these rows, in this order, do not give that set."""
+    draw, test = random.Random(0), []
+    for label in ("yes", "no", "maybe"):
+        labelled = [row["pubid"] for row in rows if row["final_decision"] == label]
+        draw.shuffle(labelled)
+        test += labelled[math.ceil(len(labelled) / 2):]
+    if digest(sorted(map(int, test))) != PUBMEDQA_TEST:
+        raise ValueError("the rows in their order there do not give the official test set")
+    row_of = {row["pubid"]: {"pubid": row["pubid"], "CONTEXTS": row["context"]["contexts"],
+                             "QUESTION": row["question"], "final_decision": row["final_decision"]}
+              for row in rows}
+    return [row_of[i] for i in (test if split == "test" else [i for i in row_of if i not in test])]
+
+
 # Settings that several tasks share.
 BOTH = dict(metrics=("acc", "acc_norm"))
 VALIDATED = dict(splits=("validation", "test"))
@@ -693,7 +788,8 @@ TASK_LIST = (
          short="ArcE", paper=paper(72.0, 67.9, 79.6)),
     Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
          prompt=lambda doc: f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:",
-         choices=lambda doc: ["no", "yes"], gold=lambda doc: doc["label"],
+         choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
+         gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"],
          metric="acc", **HIDDEN, short="BQ BoolQ", paper=paper(73.0, 78.5, 84.2)),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
          prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
@@ -766,9 +862,10 @@ TASK_LIST = (
          short="TREC", paper=paper(71.0, 72.0, 73.5)),
     mmlu("econometrics", short="EC", paper=paper(46.5, 39.5, 51.8)),
     mmlu("marketing", short="MK", paper=paper(83.3, 86.8, 88.9)),
-    # The official 500 test items are reported; the search has the other 500, as in the paper.
+    # The official 500 test items are reported; the search has the other 500, as in the paper. The
+    # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
     Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
-         hub=("bigbio/pubmed_qa", "pubmed_qa_labeled_fold0_source"),
+         hub=("qiaojin/PubMedQA", "pqa_labeled"), resplit=pubmedqa_split,
          prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"],
@@ -781,10 +878,14 @@ TASK_LIST = (
 class TaskTable(dict):
     """Tasks by the harness's names; the paper's short names (ArcC, ...) are understood too."""
 
+    def named(self, name):
+        """The task of that name, or None."""
+        return next((task for task in self.values()
+                     if name.lower() in (task.name, *task.short.lower().split())), None)
+
     def __missing__(self, name):
-        for task in self.values():
-            if name.lower() in (task.name, *task.short.lower().split()):
-                return task
+        if task := self.named(name):
+            return task
         raise UserError(f"no task {name!r}: there are {', '.join(self)} and JSON-lines files")
 
 
@@ -833,7 +934,7 @@ def read_docs(path):
     for place, line in lines:
         try:
             rows.append((place, dict(json.loads(line))))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{place} is not a JSON object: {error}") from None
     return rows
 
@@ -844,15 +945,16 @@ def hub_docs(task, split):
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        rows = datasets.load_dataset(name, config, split="train" if task.resplit else split)
+        rows = task.resplit(rows, split) if task.resplit else rows
     except Exception as error:  # gated, missing, renamed, no such split, no network, ...
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the Hub "
             f"({type(error).__name__}: {reason}); if it is gated, accept its terms there and log "
-            "in, and if there is no network or it has moved, download it elsewhere and pass its "
-            "rows with --docs (--test-docs, --shot-docs), as .jsonl, .jsonl.gz or .parquet with "
-            f"the fields {', '.join(task.fields)}") from None
+            f"in; else get its rows elsewhere and run this with `--task {task.name} --docs FILE` "
+            "(--test-docs, --shot-docs), a .jsonl, .jsonl.gz or .parquet with the fields "
+            f"{', '.join(task.fields)}") from None
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
@@ -1102,22 +1204,19 @@ def encode(tokenizer, text, bos=None):
 
 
 def encode_pair(tokenizer, context, continuation, bos=None):
-    """Tokens of context + continuation, and how many belong to the continuation: the harness's
-    way. Trailing white space of the context moves to the continuation; the two are encoded
-    together; the continuation's tokens are what is left after the context's own."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    if not context:
-        prefix = tokenizer.bos_token_id
-        prefix = tokenizer.eos_token_id if prefix is None else prefix
-        if prefix is None:
-            raise UserError("an empty context needs a tokenizer with a BOS or EOS token.")
-        tokens = tokenizer.encode(continuation, add_special_tokens=False)
-        scored = len(tokens)
-        return tokens if tokens[:1] == [prefix] else [prefix] + tokens, scored
-    whole = encode(tokenizer, context + continuation, bos)
-    return whole, max(len(whole) - len(encode(tokenizer, context, bos)), 0)
+    """Tokens of a context and its continuation, and how many belong to the latter: the harness's
+    way. The context's own tokens are read, without its trailing white space; then of the tokens
+    of both texts together those behind as many. The two are not the same where one token spans
+    the border, or where the tokenizer ends every text with EOS. No context is BOS, or EOS."""
+    if context:
+        start = encode(tokenizer, context.rstrip(), bos)
+        rest = encode(tokenizer, context + continuation, bos)[len(start):]
+    else:
+        prefix = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        start = [token for token in prefix if token is not None][:1]
+        rest = tokenizer.encode(continuation, add_special_tokens=False)
+        rest = rest[1:] if start and rest[:1] == start else rest
+    return start + rest, len(rest)
 
 
 class Prepared:
@@ -1131,7 +1230,7 @@ class Prepared:
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
                  whole=False, max_gen_toks=None):
         self.task, self.docs, self.tokenizer, self.bos = task, docs, tokenizer, bos
-        self.max_gen_toks, self.truncated = max_gen_toks, 0
+        self.max_gen_toks, self.reach, self.truncated = max_gen_toks, reach(model), 0
         self.requests, self.of_doc, self.groups, index = [], [], [], {}
         for number, doc in enumerate(docs):
             mine, new = [], []
@@ -1154,9 +1253,17 @@ class Prepared:
             new = self.max_gen_toks or ask[1]["max_gen_toks"]
             request = Request(encode(self.tokenizer, ask[0], self.bos),
                               limits={**ask[1], "max_gen_toks": new})
+            if not request.tokens:
+                raise UserError(f"{place_of(doc)}: the prompt {ask[0]!r} has no tokens, so there "
+                                "is nothing to go on from.")
             room = limit and limit - new
         else:
             request = Request(*encode_pair(self.tokenizer, *ask, self.bos))
+            if not 0 < request.scored < len(request.tokens):
+                what = "continuation" if request.scored == 0 else "context"
+                text = ask[1] if request.scored == 0 else ask[0]
+                raise UserError(f"{place_of(doc)}: the {what} {text[-60:]!r} has no tokens of its "
+                                "own in this model's tokenizer, so it has no score.")
             room = limit and limit + 1                  # the last token is scored, not read
         if limit is None or len(request.tokens) <= room:
             return request
@@ -1174,6 +1281,7 @@ class Prepared:
     def _grouped(self, members, alone):
         """One group of what begins alike up to the first scored token, or one for each."""
         tokens = [self.requests[i].tokens for i in members]
+        alone = alone or any(len(read) - 1 > self.reach for read in tokens)
         shared = 0 if alone or len(members) < 2 else min(
             len(os.path.commonprefix(tokens)),
             *(len(self.requests[i].tokens) - self.requests[i].scored for i in members))
@@ -1215,6 +1323,14 @@ def slices(rows, size, length, overhead):
         cut.append(rows[start[end]: end])
         end = start[end]
     return cut[::-1]
+
+
+def apart(rows, fit):
+    """The rows as one list where they fit() into one forward, else cut into halves that do."""
+    if len(rows) == 1 or fit(rows):
+        return [rows]
+    middle = len(rows) // 2
+    return apart(rows[:middle], fit) + apart(rows[middle:], fit)
 
 
 KEY_BLOCK = 16      # keys that a CPU's attention takes at once, and to which a GPU's aligns masks
@@ -1337,30 +1453,41 @@ def batch_log_likelihoods(model, requests, groups, batch_size):
     A group of one request is read whole. Of the others the prefixes are read once, then the
     tokens that are left to their members, each row going on from a copy of its prefix's keys,
     values and states. What is read together is cut into the cheapest forwards of up to
-    `batch_size` rows of similar length; the members of all prefixes are cut together.
+    `batch_size` rows of similar length; the members of all prefixes are cut together. No forward
+    has more positions than it may, but of one request or of several equally long ones.
     """
-    def cut(rows, length):
-        return slices(sorted(rows, key=lambda row: -length(row)), batch_size, length,
-                      forward_overhead(model))
+    def cut(rows, length, fit):
+        rows = sorted(rows, key=lambda row: -length(row))
+        return [part for some in slices(rows, batch_size, length, forward_overhead(model))
+                for part in apart(some, fit)]
 
+    def alone_fit(rows):
+        lengths = {len(tokens) for _, tokens in rows}
+        return len(lengths) == 1 or max(lengths) - 1 <= most
+
+    def tails_fit(tails):
+        starts = [len(requests[i].tokens) - len(tokens) for _, i, tokens in tails]
+        return max(starts) + max(len(tokens) for _, _, tokens in tails) - 1 <= most
+
+    most = reach(model)
     found = []
     members = [i for group in groups for i in group.members]
     alone = [(i, requests[i].tokens) for group in groups if len(group.members) == 1
              for i in group.members if requests[i].scored > 0]
-    for rows in cut(alone, lambda row: len(row[1])):
+    for rows in cut(alone, lambda row: len(row[1]), alone_fit):
         read_rows(model, requests, rows, found)
     sharing = [group for group in groups if len(group.members) > 1]
     parts = [read_prefixes(model, requests, part, found)
-             for part in cut(sharing, lambda group: len(group.prefix))]
+             for part in cut(sharing, lambda group: len(group.prefix), lambda part: True)]
     parts, room = [part for part in parts if part[2]], has_room(model)
     if parts and room:
         parts = [joined(parts)]
     for cache, mask, tails in parts:
-        for some in cut(tails, lambda tail: len(tail[2])):
+        for some in cut(tails, lambda tail: len(tail[2]), tails_fit):
             rows, owners, tokens = zip(*some)
             read_rows(model, requests, list(zip(owners, tokens)), found,
-                      *forked(cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1, room,
-                              model.device))
+                      *forked(model, cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1,
+                              room))
     sums = torch.zeros(len(requests), dtype=torch.float64)
     if found:
         owners, log_probs = map(torch.cat, zip(*found))
@@ -1402,12 +1529,13 @@ def joined(parts):
     return whole, mask, tails
 
 
-def forked(cache, mask, rows, new_tokens, room, device):
+def forked(model, cache, mask, rows, new_tokens, room):
     """What `new_tokens` (their number) after the prefixes in `rows` go on from: a cache with
     copies of these rows, which leaves `cache` as it is; the mask [R, P + T]; positions [R, T].
 
     With `room`, places that no row needs are left out, but so that keys come in multiples of
-    KEY_BLOCK: on a CPU, what is over costs attention up to a third of its time."""
+    KEY_BLOCK, if the model has so many positions: on a CPU, what is over costs attention up to a
+    third of its time."""
     mask = mask[rows]                                                       # [R, P]
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
@@ -1415,14 +1543,15 @@ def forked(cache, mask, rows, new_tokens, room, device):
         vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
     if room:
         keys = int(mask.sum(1).max()) + new_tokens
-        skip = mask.shape[1] + new_tokens - (keys + -keys % KEY_BLOCK)
+        keys = max(keys, min(keys + -keys % KEY_BLOCK, reach(model)))
+        skip = mask.shape[1] + new_tokens - keys
         mask = mask[:, skip:]
         for layer in fork.layers:
             if isinstance(layer, LinearCacheLayer):
                 layer.seen -= skip
             elif layer.get_seq_length() > 0:
                 layer.keys, layer.values = layer.keys[:, :, skip:], layer.values[:, :, skip:]
-    fork.reorder_cache(send(rows, device))  # once: each layer would send them twice.
+    fork.reorder_cache(send(rows, model.device))  # once: each layer would send them twice.
     # batch_select_indices takes three times as long, and not all layers have it
     return (fork, torch.nn.functional.pad(mask, (0, new_tokens), value=True),
             mask.sum(1, keepdim=True) + torch.arange(new_tokens))
@@ -1449,6 +1578,17 @@ class StopOnText(transformers.StoppingCriteria):
 def batch_generate(model, tokenizer, requests, groups):
     """{request: greedy continuation as text} for a batch: left padding, the model's cache. The
     text may run past a stop string; Task.score cuts it there."""
+    def fit(groups):
+        steps = [requests[i].limits["max_gen_toks"] for group in groups for i in group.members]
+        return max(len(group.prefix) for group in groups) + max(steps) <= reach(model)
+    texts = {}
+    for part in apart(groups, fit):
+        texts |= generate_together(model, tokenizer, requests, part)
+    return texts
+
+
+def generate_together(model, tokenizer, requests, groups):
+    """The same for groups that fit into one call of generate(), which runs to the longest limit."""
     asked = [requests[i] for group in groups for i in group.members]
     ids, real = pad([group.prefix for group in groups], left=True)
     steps, width = [request.limits["max_gen_toks"] for request in asked], ids.shape[1]
@@ -1456,7 +1596,7 @@ def batch_generate(model, tokenizer, requests, groups):
     out = model.generate(
         send(ids, model.device), attention_mask=send(real.long(), model.device), do_sample=False,
         num_beams=1, max_new_tokens=max(steps), pad_token_id=_pad_id(tokenizer),
-        temperature=None, top_p=None, top_k=None,
+        temperature=None, top_p=None, top_k=None, return_dict_in_generate=False,
         stopping_criteria=transformers.StoppingCriteriaList(
             [StopOnText(tokenizer, [r.limits["until"] + eos for r in asked], width)]))
     texts = [tokenizer.decode(row[width: width + n], skip_special_tokens=True)
@@ -1902,7 +2042,8 @@ def add_task_flags(parser):
 
 def find_task(name, args):
     """A named task, or that of a task file. Raises UserError for what cannot be scored at all."""
-    if name in DEMO_TASKS or Path(name).exists() or name.endswith((".jsonl", ".json")):
+    is_file = Path(name).is_file() or name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet"))
+    if name in DEMO_TASKS or is_file and not TASKS.named(name):
         given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
@@ -1956,8 +2097,9 @@ def show_requests(prepared, count):
             f"scored {json.dumps(request.limits)}\n{decoded}\n{request.tokens}")
 
 
-def score_task(name, model, tokenizer, args):
-    """Score one task, print its line, write its items -> the result as a dict."""
+def score_task(name, model, tokenizer, args, stem):
+    """Score one task, print its line, write its items to OUT/STEM-items.jsonl -> the result as a
+    dict."""
     task = find_task(name, args)
     metric = check_metric(task, args.metric)
     prepared = prepare(task, scored_docs(name, task, args), model, tokenizer, args)
@@ -1974,11 +2116,21 @@ def score_task(name, model, tokenizer, args):
         f"{'no number' if paper_value is None else paper_value}); "
         + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
     if args.out:
-        path = make_output_dir(args.out) / f"{Path(name).stem}-items.jsonl"
+        path = make_output_dir(args.out) / f"{stem}-items.jsonl"
         _write_lines(path, [{"place": place_of(doc), "outputs": outputs, **item} for doc, outputs, item
                             in zip(prepared.docs, score.outputs, score.items)])
         result["items"] = str(path)
     return result
+
+
+def distinct_stems(names):
+    """The tasks' names as those of their results' files; one that is taken gets a number."""
+    stems = []
+    for name in names:
+        stem = Path(name).stem
+        numbered = (f"{stem}-{i}" for i in range(2, len(names) + 2))
+        stems.append(next(s for s in (stem, *numbered) if s not in stems))
+    return stems
 
 
 def parse_args():
@@ -2009,7 +2161,8 @@ def main():
     if args.out:
         make_output_dir(args.out)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    results = [score_task(name, model, tokenizer, args) for name in names]
+    results = [score_task(name, model, tokenizer, args, stem)
+               for name, stem in zip(names, distinct_stems(names))]
     finish({"model": args.model, "linear_layers": linear_layers(model), "dtype": str(model.dtype),
             "device": str(model.device), "settings": {k: getattr(args, k) for k in (
                 "shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")},

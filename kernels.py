@@ -8,14 +8,15 @@ per-token convolution arXiv:2508.15884; the gradients are written by hand.
 Glossary, the same letters everywhere:
     B batch, T time, H heads, K key dim, V value dim, C chunk length, N number of chunks, W taps
     q, k [B,T,H,K], v and o [B,T,H,V]   as in attention; neither q nor k is normalised here
-    g       log decay <= 0, applied before the update: [B,T,H] delta rule, [B,T,H,K] GLA
+    g       log decay <= 0, applied before the update: [B,T,H] delta rule, [B,T,H,K] GLA, >= -5
     beta    [B,T,H] delta rule: how much of the old value under k_t is replaced by v_t
     S       the state, [B,H,K,V], fp32 (fp64 for fp64 inputs): all that is remembered of the past
     G       cumulative log decay inside a chunk, inclusive: G_t = g_first + ... + g_t
 
-Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. Only differences of G
-that decay (row t >= row s) are exponentiated, so nothing overflows however strong the decay; a
-decay of -inf, which forgets everything, is allowed.
+Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. The delta rule
+exponentiates only differences of G that decay (row t >= row s), so that nothing overflows however
+strong the decay; -inf, which forgets everything, is allowed. GLA has to split its differences in
+two factors, and fp32 holds those of eight rows of -5.
 
 On an NVIDIA GPU all of this runs as Triton kernels, below the torch forms (backend="auto"):
 
@@ -415,15 +416,21 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
 
         S <- exp(g_t) . S + k_t v_t^T  (row by row);    o_t = K^-0.5 S^T q_t
 
-    q, k, g [B,T,H,K], v [B,T,H,V], initial_state [B,H,K,V] or None for zeros.
+    q, k, g [B,T,H,K], v [B,T,H,V], initial_state [B,H,K,V] or None for zeros. g >= -5 per token,
+    as the kernels need: below it they clamp, because looking would make the host wait for the GPU;
+    on a CPU a smaller g is a ValueError.
     Returns o [B,T,H,V] in v's dtype and the final state [B,H,K,V]; gradients flow through both and
     to every input. ValueError if a shape does not fit.
     Equivalent to: gated_linear_attention_recurrent(q, k, v, g, initial_state)
     """
     _check(q, k, v, g, None, initial_state, q.shape)
+    use_triton = _use_triton(backend, q, q.shape[-1], v.shape[-1])
+    if not use_triton and g.device.type == "cpu" and (g < -5).any():
+        raise ValueError(f"g is {g.min().item():.3g} somewhere, below gated linear attention's "
+                         "least log decay per token, -5: use g.clamp(min=-5)")
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return recurrent_step(q, k, v, g, None, initial_state, backend=backend)
-    if _use_triton(backend, q, q.shape[-1], v.shape[-1]):
+    if use_triton:
         return _run_kernels(q, k, v, g, None, initial_state)
     return _GLA.apply(q, k, v, g, _start_state(q, v, initial_state))
 
@@ -495,6 +502,29 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 
 
 # -----------------------------------------------------------------------------
+# RMS norm of every head, with an output gate; with a scale it is the L2 norm of q and k
+
+@torch.compiler.disable
+def gated_rms_norm(x, weight=None, gate=None, eps=1e-5, scale=1.0, backend="auto"):
+    """y = scale . x / sqrt(mean(x^2) + eps) . weight . silu(gate), over the last dimension.
+
+    x and gate [B,T,H,D], weight [D]; a factor that is None is left out. All of it in fp32, rounded
+    once to x's dtype, with gradients to x, weight and gate. |y| = 1 for scale D^-0.5.
+    """
+    D = x.shape[-1]
+    if weight is not None and tuple(weight.shape) != (D,) or gate is not None and (
+            gate.shape != x.shape):
+        raise ValueError(f"x has shape {tuple(x.shape)}: weight takes [{D}], gate the same as x")
+    if _use_triton(backend, x):
+        return _NormKernels.apply(x, weight, gate, eps, scale)
+    dtype = _compute_dtype(x)
+    wide = x.to(dtype)
+    y = wide * (scale * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps))
+    y = y if weight is None else y * weight.to(dtype)
+    return (y if gate is None else y * F.silu(gate.to(dtype))).to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
 # Triton: the same chunkwise forms on a GPU, two launches forwards and two backwards
 #
 #   chunk   one program per chunk and head: what needs no state (P, the decays, and (1 + A)^-1
@@ -509,8 +539,9 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
 # rows and columns are loaded as zeros: a token with k, beta and g of 0 leaves the state as it is.
 # Products take their operands in the inputs' dtype and add up in fp32 on tensor cores; what is
 # delicate (the inverse, GLA's decayed q and k) has fp32 operands, and PREC says how they are
-# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. int64 where b and T meet: long
-# inputs have more than 2^31 elements.
+# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. GLA's gradients of bf16 inputs
+# have bf16 operands; fp16 would not hold their decays, up to exp(40). int64 where b and T meet:
+# long inputs have more than 2^31 elements.
 
 _jit = (lambda function: function) if triton is None else triton.jit
 
@@ -564,8 +595,9 @@ def _load_state(x, bh, keys, cols, K: tl.constexpr, V: tl.constexpr):
 def _cumulative_decay(x):
     """G = sum of the log decays up to a row, along axis 0, as (whole, part). Each is exact or
     small, so that a difference of two rows keeps the weak decays behind a strong one, which a
-    single fp32 sum would round away. Below -120 exp is 0, and unlike -inf, -120 - -120 is 0."""
-    x = tl.maximum(x.to(tl.float32), -120.0)
+    single fp32 sum would round away. Below -120 exp is 0, and unlike -inf, -120 - -120 is 0. A NaN
+    must stay one, and not become the strongest decay."""
+    x = tl.maximum(x.to(tl.float32), -120.0, propagate_nan=tl.PropagateNan.ALL)
     whole = tl.floor(x + 0.5)
     return tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
 
@@ -588,8 +620,8 @@ def _pair_decay(whole, part, rows):
 def _joined(rows, level):
     """Where row t and column s, s < t, sit in neighbouring blocks of 2^level rows that the next
     level joins into one. Every pair s < t is joined at exactly one level."""
-    t, s = rows[:, None], rows[None, :]
-    return (((t >> level) ^ (s >> level)) == 1) & (t > s)
+    block = rows >> level
+    return block[:, None] == tl.where(block & 1 == 0, block + 1, -1)[None, :]
 
 
 @_jit
@@ -641,6 +673,12 @@ def _delta_chunk(q, k, g, beta, P, inverse, decays, T, H, K: tl.constexpr, BK: t
 
 
 @_jit
+def _clamped(g):
+    """GLA's log decays, not below -5. A NaN must stay one, and not become a decay of -5."""
+    return tl.maximum(g.to(tl.float32), -5.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_jit
 def _halves_first(C: tl.constexpr):
     """GLA's order of a chunk's rows: the first 8 of every block of 16 rows, then the last 8. A tile
     of BK = 32 channels then gives each of four warps a block, and sums over it stay in the warp."""
@@ -653,8 +691,7 @@ def _channel_decay(g):
     """GLA: log2 of the decay, rows as _halves_first has them, from a block's middle to a row
     [C,BK], from the block's start to its middle and from there to its end, both [C/16,BK]. 8 rows
     of -5 lie on either side of the middle, so that exp(40) is the largest factor there is."""
-    # tl.maximum would take a NaN for the strongest decay
-    g = tl.maximum(g.to(tl.float32), -5.0, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
+    g = _clamped(g) * 1.4426950408889634                                    # log2(e)
     blocks: tl.constexpr = g.shape[0] // 16
     halves = tl.reshape(g, [2, blocks, 8, g.shape[1]])
     first = tl.arange(0, 2)[:, None, None] == 0
@@ -687,18 +724,6 @@ def _join(total, BLOCKS: tl.constexpr):
     for_q = tl.reshape(tl.broadcast_to(for_q[:, :, None, :], shape), [BLOCKS, BK])
     for_k = tl.reshape(tl.broadcast_to(for_k[:, :, None, :], shape), [BLOCKS, BK])
     return for_q, for_k, both
-
-
-@_jit
-def _sums_to_end(x):
-    """Sums over a row of x [C,BK] and all later ones, rows as _halves_first has them."""
-    halves = tl.reshape(x, [2, x.shape[0] // 16, 8, x.shape[1]])
-    first = tl.arange(0, 2)[:, None, None] == 0
-    sums = tl.sum(halves, 2)                                                # [2,C/16,BK]
-    blocks = tl.sum(sums, 0)[None, :, :]
-    later = tl.sum(blocks, 1)[:, None, :] - tl.cumsum(blocks, 1)
-    later += tl.where(first, tl.sum(tl.where(first, 0.0, sums), 0)[None, :, :], 0.0)
-    return tl.reshape(tl.cumsum(halves, 2, reverse=True) + later[:, :, None, :], x.shape)
 
 
 @_jit
@@ -918,61 +943,71 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
 
 
 @_jit
-def _gla_gradients(q, k, v, g, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
+def _gla_gradients(q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
     blocks, rows, stride = tl.cdiv(K, BK), _halves_first(C), H * K
     chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
     t, s = rows[:, None], rows[None, :]
-    S, dS = S + chunk * K * V, dS + chunk * K * V
-    dP, kept = tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
-    dqc, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    v, do, S, dS = v + token * V, do + token * V, S + chunk * K * V, dS + chunk * K * V
+    operand = tl.bfloat16 if q.dtype.element_ty == tl.bfloat16 else tl.float32
+    dP = tl.zeros([C, C], tl.float32)
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
-        S0 = _load(S, keys, cols, V, K, V)                         # [BK,BV]
-        dS1 = _load(dS, keys, cols, V, K, V)
-        kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)           # <dS, S> per channel
-        doc = _load(do + token * V, rows, cols, H * V, left, V)             # [C,BV]
-        vc = _load(v + token * V, rows, cols, H * V, left, V)
+        doc = _load(do, rows, cols, H * V, left, V)                         # [C,BV]
+        vc = _load(v, rows, cols, H * V, left, V)
         dP = tl.dot(doc, tl.trans(vc), dP, input_precision=PREC)
-        dqc = tl.dot(doc, tl.trans(S0), dqc, input_precision=PREC)
-        dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
-    qc = _load(q + token * K, rows, keys, stride, left, K).to(tl.float32)   # [C,BK]
-    kc = _load(k + token * K, rows, keys, stride, left, K).to(tl.float32)
+    dP = (dP * K ** -0.5).to(operand)
+    qc = _load(q + token * K, rows, keys, stride, left, K)                  # [C,BK]
+    kc = _load(k + token * K, rows, keys, stride, left, K)
     G, middle, total = _channel_decay(_load(g + token * K, rows, keys, stride, left, K))
     from_middle, to_middle = tl.exp2(G), tl.exp2(-G)
-    for_q, for_k, total = tl.exp2(middle), tl.exp2(total), middle + total
-    dP, dkc = dP * K ** -0.5, tl.zeros([C, BK], tl.float32)
-    dqc *= K ** -0.5
-    # operands of the products: inside blocks of 16 rows, of 32, of 64
-    q16, k16, to_end = qc * from_middle, kc * to_middle, for_k              # to the chunk's end
-    if C > 16:
-        q32, k32 = _scaled(q16, for_q), _scaled(k16, for_k)
-        for_q32, for_k32, total = _join(total, C // 16)
-        to_end *= for_k32
-        if C > 32:
-            q64, k64 = _scaled(q32, for_q32), _scaled(k32, for_k32)
-            for_q64, for_k64, total = _join(total, C // 16)
-            to_end *= for_k64
-            pairs = tl.where(_joined(rows, 5), dP, 0.0)
-            dqc = tl.dot(pairs, k64, _scaled(dqc, for_q64), input_precision=PREC)
-            dkc = tl.dot(tl.trans(pairs), q64, dkc, input_precision=PREC)
-        pairs = tl.where(_joined(rows, 4), dP, 0.0)
-        dqc = tl.dot(pairs, k32, _scaled(dqc, for_q32), input_precision=PREC)
-        dkc = tl.dot(tl.trans(pairs), q32, _scaled(dkc, for_k32), input_precision=PREC)
+    from_start, to_end, total = tl.exp2(middle), tl.exp2(total), middle + total
+    qs, ks = qc.to(tl.float32) * from_middle, kc.to(tl.float32) * to_middle
     pairs = tl.where((t >> 4 == s >> 4) & (t > s), dP, 0.0)
-    dqc = from_middle * tl.dot(pairs, k16, _scaled(dqc, for_q), input_precision=PREC)
-    dkc = to_middle * tl.dot(tl.trans(pairs), q16, _scaled(dkc, for_k), input_precision=PREC)
-    dk_out = to_middle * _scaled(dk_out, to_end)
+    dqc = tl.dot(pairs, ks.to(operand), input_precision=PREC)
+    dkc = tl.dot(tl.trans(pairs), qs.to(operand), input_precision=PREC)
+    if C > 16:
+        qs, ks = _scaled(qs, from_start), _scaled(ks, to_end)
+        pairs = tl.where(_joined(rows, 4), dP, 0.0)
+        dqc += _scaled(tl.dot(pairs, ks.to(operand), input_precision=PREC), from_start)
+        dkc += _scaled(tl.dot(tl.trans(pairs), qs.to(operand), input_precision=PREC), to_end)
+        for_q, for_k, total = _join(total, C // 16)
+        from_start, to_end = from_start * for_q, to_end * for_k
+        if C > 32:
+            qs, ks = _scaled(qs, for_q), _scaled(ks, for_k)
+            pairs = tl.where(_joined(rows, 5), dP, 0.0)
+            dqc += _scaled(tl.dot(pairs, ks.to(operand), input_precision=PREC), from_start)
+            dkc += _scaled(tl.dot(tl.trans(pairs), qs.to(operand), input_precision=PREC), to_end)
+            for_q, for_k, total = _join(total, C // 16)
+            from_start, to_end = from_start * for_q, to_end * for_k
+    # the state
+    kept = tl.zeros([BK], tl.float32)                                       # <dS, S> per channel
+    dq_in, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        S0 = _load(S, keys, cols, V, K, V)                                  # [BK,BV]
+        dS1 = _load(dS, keys, cols, V, K, V)
+        kept += tl.sum(S0.to(tl.float32) * dS1.to(tl.float32), 1)
+        doc = _load(do, rows, cols, H * V, left, V)                         # [C,BV]
+        vc = _load(v, rows, cols, H * V, left, V)
+        dq_in = tl.dot(doc, tl.trans(S0), dq_in, input_precision=PREC)
+        dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
+    dqc += _scaled(dq_in, from_start * K ** -0.5)
+    dk_out = _scaled(dk_out, to_end)
     # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
-    out_sum = kc * dk_out
-    dgc = _sums_to_end(qc * dqc - kc * dkc - out_sum)
-    dgc += (tl.sum(out_sum, 0) + tl.exp2(tl.sum(total, 0)) * kept)[None, :]
-    diagonal = tl.sum(tl.where(t == s, dP, 0.0), 1)[:, None]
+    dqc, dkc, dk_out = dqc * from_middle, dkc * to_middle, dk_out * to_middle
+    dG, out_sum = (qc * dqc - kc * dkc).to(operand), (kc * dk_out).to(operand)
+    dgc = tl.dot(tl.where(t <= s, 1.0, 0.0).to(operand), dG, input_precision=PREC)
+    dgc = tl.dot(tl.where(t > s, 1.0, 0.0).to(operand), out_sum, dgc, input_precision=PREC)
+    dgc += (tl.load(decays + chunk * K + keys, mask=keys < K, other=0) * kept)[None, :]
+    diagonal = tl.where(t == s, dP, 0.0)
+    dqc = tl.dot(diagonal, kc.to(operand), dqc, input_precision=PREC)
+    dkc = tl.dot(diagonal, qc.to(operand), dkc + dk_out, input_precision=PREC)
     _store(dg + token * K, dgc, rows, keys, stride, left, K)
-    _store(dq + token * K, dqc + diagonal * kc, rows, keys, stride, left, K)
-    _store(dk + token * K, dkc + dk_out + diagonal * qc, rows, keys, stride, left, K)
+    _store(dq + token * K, dqc, rows, keys, stride, left, K)
+    _store(dk + token * K, dkc, rows, keys, stride, left, K)
 
 
 @_jit
@@ -993,8 +1028,8 @@ def _step(q, k, v, g, beta, start, o, end, T, H, K: tl.constexpr, V: tl.constexp
             b = tl.load(beta + token).to(tl.float32)
             vt = b * (vt - tl.sum(kt[:, None] * state, 0))
         else:
-            gt = tl.load(g + token * K + keys, mask=keys < K, other=0).to(tl.float32)
-            state *= tl.exp(gt)[:, None]
+            gt = tl.load(g + token * K + keys, mask=keys < K, other=0)
+            state *= tl.exp(_clamped(gt))[:, None]
         state += kt[:, None] * vt[None, :]
         ot = tl.sum(qt[:, None] * state, 0) * K ** -0.5
         tl.store(o + token * V + cols, ot.to(o.dtype.element_ty), mask=cols < V)
@@ -1096,6 +1131,54 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
             tl.store(dkernel + partial * D + cols, tl.sum(dtap, 0), mask=cols < D)
 
 
+@_jit
+def _norm_rows(x, rows, cols, stride, H, N, D):
+    """Rows (b, t, h) of x [B,T,H,D], whose tokens lie `stride` apart. fp32."""
+    inside = (rows[:, None] < N) & (cols[None, :] < D)
+    place = rows // H * stride + rows % H * D
+    return tl.load(x + place[:, None] + cols[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@_jit
+def _norm(x, weight, gate, y, x_stride, gate_stride, H, N, scale, eps, D: tl.constexpr,
+          BD: tl.constexpr, BN: tl.constexpr):
+    """A program owns BN of the N = B * T * H rows."""
+    rows, cols = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    xc = _norm_rows(x, rows, cols, x_stride, H, N, D)                       # [BN,BD]
+    z = xc * (scale * tl.rsqrt(tl.sum(xc * xc, 1) / D + eps))[:, None]
+    if weight is not None:
+        z *= tl.load(weight + cols, mask=cols < D, other=0).to(tl.float32)[None, :]
+    if gate is not None:
+        gc = _norm_rows(gate, rows, cols, gate_stride, H, N, D)
+        z *= gc * tl.sigmoid(gc)
+    _store(y, z, rows, cols, D, N, D)
+
+
+@_jit
+def _norm_backward(x, weight, gate, dy, dx, dweight, dgate, x_stride, gate_stride, H, N, scale, eps,
+                   D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Gradients for BN rows; that of the weight is summed over programs by the caller."""
+    rows, cols = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    xc = _norm_rows(x, rows, cols, x_stride, H, N, D)                       # [BN,BD]
+    dz = _load(dy, rows, cols, D, N, D).to(tl.float32) * scale
+    inverse = tl.rsqrt(tl.sum(xc * xc, 1) / D + eps)[:, None]
+    normed = xc * inverse
+    if weight is not None:
+        w = tl.load(weight + cols, mask=cols < D, other=0).to(tl.float32)[None, :]
+    else:
+        w = 1.0
+    if gate is not None:
+        gc = _norm_rows(gate, rows, cols, gate_stride, H, N, D)
+        sigmoid = tl.sigmoid(gc)
+        _store(dgate, dz * normed * w * sigmoid * (1 + gc * (1 - sigmoid)), rows, cols, D, N, D)
+        dz *= gc * sigmoid
+    if weight is not None:
+        tl.store(dweight + tl.program_id(0) * D + cols, tl.sum(dz * normed, 0), mask=cols < D)
+    dz *= w
+    dxc = inverse * (dz - normed * (tl.sum(dz * normed, 1) / D)[:, None])
+    _store(dx, dxc, rows, cols, D, N, D)
+
+
 # -----------------------------------------------------------------------------
 # Which form runs, and how the kernels are launched
 
@@ -1131,7 +1214,28 @@ def _use_triton(backend, x, *dims):
     return True
 
 
+@functools.cache
+def _use_sound_ptxas():
+    """Has Triton assemble for Hopper with the ptxas 13.1 that its package brings for Blackwell. With
+    its usual one, 12.8, the delta rule's gradients were wrong or read foreign memory on an H200
+    (bf16, head dims 24 and 40); with 13.1 every check passes. RuntimeError if there is no such one.
+    """
+    from triton.backends.nvidia import compiler
+    tools = triton.knobs.nvidia
+    sound = lambda tool: tuple(map(int, tool.version.split("."))) >= (13, 1)
+    if sound(tools.ptxas):
+        return
+    if "TRITON_PTXAS_PATH" in os.environ or not sound(tools.ptxas_blackwell):
+        raise RuntimeError(
+            f"ptxas {tools.ptxas.version} compiles these kernels wrongly for Hopper: set "
+            "TRITON_PTXAS_PATH to one of CUDA 13.1 or later, or pass backend='torch'")
+    tools.ptxas = tools.ptxas_blackwell.path
+    compiler.get_ptxas_version.cache_clear()        # the version is part of the disk cache's keys
+
+
 def _launch(kernel, grid, *args, **constants):
+    if _capability(args[0].device) == 9:
+        _use_sound_ptxas()
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **constants)
 
@@ -1147,37 +1251,43 @@ def _capability(device):
 
 
 def _config(q, V, delta):
-    """Tile sizes and launch options of the four kernels of a call. Picked so that nothing spills
-    and shared memory fits (`python kernels.py --compile`), not by timing; no autotuner, so that no
-    run waits for one. Chunks are 64 rows, one tensor-core instruction of a Hopper warp group."""
+    """Tile sizes and launch options of the four kernels of a call. On Hopper the fastest of those
+    timed on an H200, elsewhere a guess; nothing spills and shared memory fits (`python kernels.py
+    --compile`). No autotuner, so that no run waits for one. Chunks are 64 rows, one tensor-core
+    instruction of a Hopper warp group."""
     (B, _, H, K), hopper = q.shape, _capability(q.device) == 9
     KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
     if q.dtype == torch.float32:
         # full products without tensor cores, for exactness; their operands fill the registers
-        C, precision, stages, scan_stages = 32 if KP <= 64 else 16, "ieee", 1, 1
+        C, precision, stages, scan_stages = 32 if delta and KP <= 64 else 16, "ieee", 1, 1
         chunk, scan, gradients = (32, 8), (16, 8), (32, 16, 8)              # BK, BV, then warps
     elif hopper:
-        # The scan pipelines q, k, P and the inverse through 227 KB: two stages of K = 256 leave
-        # room for 32 columns. With fewer programs than processors, narrow ones are the faster.
-        wide = KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
+        # The scan waits for memory most of its time, so it has as many stages as fit 227 KB. GLA,
+        # which needs fewer registers, takes 64 columns where that leaves a program per processor.
+        wide = not delta and 64 < KP <= 128 and B * H * triton.cdiv(V, 64) >= 128
         chunk = (64, 4) if delta else (32, 4)
-        scan = (64 if wide else 32, 8 if KP > 128 or wide and KP > 64 else 4)
-        gradients = (64 if delta and min(KP, VP) > 64 else 32, 64, 8)
+        scan, scan_stages = (64 if wide else 32, 8 if KP > 128 else 4), 2 if KP > 128 else 3
+        # GLA's warps each own a block of 16 rows; half as many are fewer instructions in all. In
+        # fp16 the operands are tf32 and need twice the registers, but products 8 columns wide per
+        # warp group (m64n8k8, suspected to fault) must not come up, so narrow keys stay with 4.
+        few = q.dtype == torch.bfloat16 or KP == 16
+        gradients = (32, 64, 8 if V % 64 else 4) if delta else (32, 32, 4 if few else 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
         chunk = (64, 4) if delta else (32, 4)
         scan, scan_stages = (16 if KP > 128 else 32, 4 if KP <= 64 else 8), 1 if KP > 128 else 2
-        gradients = (32, 32, 8)
+        gradients = (32 if delta or q.dtype == torch.bfloat16 and VP > 32 else 16, 32, 8)
     common = dict(C=C, K=K, PREC=precision)
     chunk = common | dict(BK=min(chunk[0], KP), num_warps=chunk[1], num_stages=stages)
     if delta:
         chunk["LEVELS"] = C.bit_length() - 1
     scan = common | dict(V=V, KP=KP, BV=min(scan[0], VP), DELTA=delta, num_warps=scan[1],
                          num_stages=scan_stages)
+    backward = scan | dict(num_stages=min(scan_stages, 2 if delta and KP > 64 else 3))
     gradients = common | dict(V=V, BK=min(gradients[0], KP), BV=min(gradients[1], VP),
                               num_warps=gradients[2], num_stages=stages)
-    return {"chunk": chunk, "scan": scan, "gradients": gradients}
+    return {"chunk": chunk, "scan": scan, "scan_backward": backward, "gradients": gradients}
 
 
 class _Kernels(torch.autograd.Function):
@@ -1219,7 +1329,7 @@ class _Kernels(torch.autograd.Function):
         dstart = q.new_empty(B, H, K, V, dtype=torch.float32) if ctx.has_state else None
         dU, dS = torch.empty_like(v), torch.empty_like(S)
         _launch(_scan_backward, (ctx.programs,), qs, ks, decays, beta, P, inverse, do, dend,
-                dU, dS, dstart, T, H, **config["scan"])
+                dU, dS, dstart, T, H, **config["scan_backward"])
         dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
         if beta is not None:
             dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
@@ -1227,8 +1337,8 @@ class _Kernels(torch.autograd.Function):
                     dq, dk, dv, dg, dbeta, T, H, **config["gradients"])
         else:
             dv, dbeta, blocks = dU, None, triton.cdiv(K, config["gradients"]["BK"])
-            _launch(_gla_gradients, (N * blocks,), q, k, v, g, do, S, dS, dq, dk, dg, T, H,
-                    **config["gradients"])
+            _launch(_gla_gradients, (N * blocks,), q, k, v, g, decays, do, S, dS,
+                    dq, dk, dg, T, H, **config["gradients"])
         return dq, dk, dv, dg, dbeta, dstart, None
 
 
@@ -1270,6 +1380,45 @@ class _ConvKernels(torch.autograd.Function):
         if not per_token:
             dkernel = dkernel.sum(0).to(kernel.dtype)
         return dx, dkernel, dcache, None
+
+
+def _head_rows(x):
+    """x [B,T,H,D] with heads side by side and tokens evenly spaced, as in a slice of a projection:
+    itself where it is so, and how far its tokens lie apart."""
+    B, T, H, D = x.shape
+    if x.stride()[2:] != (D, 1) or B > 1 and x.stride(0) != T * x.stride(1):
+        x = x.contiguous()
+    return x, x.stride(1) if T > 1 else x.stride(0)
+
+
+class _NormKernels(torch.autograd.Function):
+    """The launches of gated_rms_norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gate, eps, scale):
+        x, x_stride = _head_rows(x)
+        gate, gate_stride = (None, 0) if gate is None else _head_rows(gate)
+        (B, T, H, D), y = x.shape, x.new_empty(x.shape)
+        BD = _padded(D)
+        ctx.numbers = x_stride, gate_stride, H, B * T * H, scale, eps
+        ctx.constants = dict(D=D, BD=BD, BN=max(1, 4096 // BD), num_warps=4)
+        _launch(_norm, (triton.cdiv(B * T * H, ctx.constants["BN"]),), x, weight, gate, y,
+                *ctx.numbers, **ctx.constants)
+        ctx.save_for_backward(x, weight, gate)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, gate = ctx.saved_tensors
+        programs = triton.cdiv(x.numel() // x.shape[-1], ctx.constants["BN"])
+        dx = x.new_empty(x.shape)
+        dgate = None if gate is None else gate.new_empty(gate.shape)
+        dweight = None if weight is None else weight.new_empty(
+            programs, x.shape[-1], dtype=torch.float32)
+        _launch(_norm_backward, (programs,), x, weight, gate, dy.contiguous(), dx, dweight, dgate,
+                *ctx.numbers, **ctx.constants)
+        return dx, None if weight is None else dweight.sum(0).to(weight.dtype), dgate, None, None
 
 
 def _run_step(q, k, v, g, beta, state, end):
@@ -1325,7 +1474,7 @@ TOLERANCES = {
     torch.float32: (1e-5, {"dg": 2e-4}),
     torch.float16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2}),
     torch.bfloat16: (5e-3, {"dg": 2e-2, "dbeta": 2e-2} | dict.fromkeys(
-        ("dq", "dk", "dv", "dstate", "dx", "dkernel", "dcache"), 8e-3))}
+        ("dq", "dk", "dv", "dstate", "dx", "dkernel", "dcache", "dgate"), 8e-3))}
 
 
 def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
@@ -1337,6 +1486,11 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
         inputs = dict(x=normal(B, T, K), kernel=normal(*((4, K) if decay == "static" else
                                                         (B, T, 4, K))), cache=normal(B, 3, K))
         return {name: x.to(dtype) for name, x in inputs.items()}
+    if op == "gated_rms_norm":
+        both = normal(B, T, 2 * H * K).to(dtype).chunk(2, -1)               # x, gate: not contiguous
+        x, gate = (half.unflatten(-1, (H, K)) for half in both)
+        inputs = dict(x=x, weight=normal(K), gate=gate) if decay == "gated" else dict(x=x)
+        return {name: x.to(dtype) if name != "weight" else x for name, x in inputs.items()}
     delta = op == "gated_delta_rule"
     g = -(20.0 if delta else 5.0) * uniform(B, T, H, *(() if delta else (K,)))
     g = {"strong": g, "mild": g / 100, "none": g * 0}[decay]
@@ -1375,19 +1529,21 @@ def _check_case(op, shape, decay, dtype, device):
     and, without gradients, of the step."""
     inputs = _random_inputs(op, *shape, decay, dtype, device)
     exact = {name: x.double() for name, x in inputs.items()}
-    if op == "causal_conv":
-        ours = lambda *x: causal_conv(*x, activation="silu", backend="triton")
-        loop = lambda *x: causal_conv(*x, activation="silu", backend="torch")
+    if op in OPS:
+        ours, loop = functools.partial(globals()[op], backend="triton"), globals()[op + "_recurrent"]
+    elif op == "causal_conv":
+        ours, loop = (functools.partial(causal_conv, activation="silu", backend=backend)
+                      for backend in ("triton", "torch"))
     else:
-        ours = lambda *x: globals()[op](*x, backend="triton")
-        loop = globals()[op + "_recurrent"]
+        ours, loop = (lambda *x, backend=backend: (gated_rms_norm(*x, backend=backend),)
+                      for backend in ("triton", "torch"))
     # rounded once, to what the kernels return, so that both ways get the same gradients
-    out_grads = [torch.randn_like(x, dtype=dtype if i == 0 or op == "causal_conv" else x.dtype)
-                 for i, x in enumerate(ours(*inputs.values()))]
+    out_grads = [torch.randn_like(x, dtype=dtype if x.dtype == torch.float64 else x.dtype)
+                 for x in ours(*inputs.values())]
     expected = _outputs_and_grads(loop, exact, out_grads)
     with _poisoned():
         results = _outputs_and_grads(ours, inputs, out_grads)
-        if op != "causal_conv":
+        if op in OPS:
             x = dict(inputs) if "beta" in inputs else {**inputs, "beta": None}
             o, state = recurrent_step(*(x[name] for name in ("q", "k", "v", "g", "beta", "state")),
                                       backend="triton")
@@ -1409,11 +1565,12 @@ def _check_cases(device):
         shapes = [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
                   (1, 140, 160, 128, 128), (1, 130, 2, 256, 256), (1, 130, 160, 64, 64), *shapes]
     for dtype in KERNEL_DTYPES if on_gpu else (torch.float32, torch.float16):
-        for op in (*OPS, "causal_conv"):
+        for op in (*OPS, "causal_conv", "gated_rms_norm"):
+            kinds = {"causal_conv": ("static", "per token"), "gated_rms_norm": ("gated", "plain")}
             for shape in shapes:
-                for decay in (("static", "per token") if op == "causal_conv" else
-                              ("strong", "mild", "none") if on_gpu else ("strong", "mild")):
-                    yield op, dtype, shape, decay
+                for kind in kinds.get(op, ("strong", "mild", "none") if on_gpu else
+                                      ("strong", "mild")):
+                    yield op, dtype, shape, kind
 
 
 def check(device, only=lambda op, dtype: True):
@@ -1473,6 +1630,11 @@ def _recorded_launches(arch):
                             for shape in ((2, 4096), shape, (2, 3)))
         y = _ConvKernels.apply(x, kernel, cache, "silu")
         y.backward(torch.empty_like(y))
+    for dtype in (bf16, fp32):
+        x, gate = (tensor(2, 4096, 16, 128, dtype=dtype) for _ in range(2))
+        for weight, gate in ((None, None), (tensor(128), gate)):
+            y = _NormKernels.apply(x, weight, gate, 1e-5, 1.0)
+            y.backward(torch.empty_like(y))
     _launch, _capability = launch, capability
     return launches
 
@@ -1488,9 +1650,11 @@ def _compile_job(kernel, args, constants, arch):
     constants |= {name: x for name, x in values.items()
                   if x is None or isinstance(x, int) and x == 1}
     signature = {name: "constexpr" if name in constants else
-                 "i32" if isinstance(values[name], int) else names[values[name].dtype]
+                 "i32" if isinstance(values[name], int) else
+                 "fp32" if isinstance(values[name], float) else names[values[name].dtype]
                  for name in kernel.arg_names}
     divisible = [i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+                 and signature[name] != "fp32"
                  and (signature[name] != "i32" or values[name] % 16 == 0)]
     return kernel.__name__, signature, constants, divisible, options, arch
 
@@ -1502,7 +1666,8 @@ def _compile(job):
     import tempfile
     name, signature, constants, divisible, options, arch = job
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
+    tools = triton.knobs.nvidia
+    ptxas = tools.ptxas if arch < 90 else tools.ptxas_blackwell             # _use_sound_ptxas
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -1512,7 +1677,7 @@ def _compile(job):
         with open(path, "w") as file:
             file.write(ptx)
         said = subprocess.run([
-            get_ptxas(arch).path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
+            ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
             f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
                                        said.stderr).groups())
@@ -1562,18 +1727,18 @@ def cost(op, B, T, H, K, V, backward=False):
     """(bytes, FLOPs) of a call in bf16 with fp32 gates. Bytes: inputs read and outputs written
     once, the least there can be. FLOPs: the matrix products that the kernels do, with C = 64:
         delta, forwards   chunk 4CK + 20CC (the inverse)      scan 6KV + 4CV          per token
-        GLA, forwards     chunk 12CK (6 levels)               scan 4KV + 2CV
+        GLA, forwards     chunk 6CK (3 levels)                scan 4KV + 2CV
         delta, backwards  scan 6KV + 4CV                      gradients 6KV + 4CV + 10CK
-        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 26CK"""
+        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 20CK"""
     delta, C, tokens = op == "gated_delta_rule", 64, B * T * H
     gates = 8 if delta else 4 * K
     memory, flops = 2 * (2 * K + 2 * V) + gates, (
         4 * C * K + 20 * C * C + 6 * K * V + 4 * C * V if delta else
-        12 * C * K + 4 * K * V + 2 * C * V)
+        6 * C * K + 4 * K * V + 2 * C * V)
     if backward:
         memory += 2 * (4 * K + 3 * V) + 2 * gates
         flops += (12 * K * V + 8 * C * V + 10 * C * K if delta else
-                  8 * K * V + 2 * C * V * (1 + K / 32) + 26 * C * K)
+                  8 * K * V + 2 * C * V * (1 + K / 32) + 20 * C * K)
     return tokens * memory, tokens * flops
 
 
@@ -1803,14 +1968,11 @@ def header(device):
     if device == "cuda":
         from triton.backends.nvidia.compiler import get_ptxas
         chip = _capability(torch.device("cuda"))
+        if chip == 9:
+            _use_sound_ptxas()
         info |= dict(device=torch.cuda.get_device_name(),
                      driver=said("nvidia-smi", "--query-gpu=driver_version",
                                  "--format=csv,noheader"), ptxas=get_ptxas(10 * chip).version)
-        if chip == 9 and tuple(map(int, info["ptxas"].split(".")[:2])) < (13, 1):
-            print(f"Warning: ptxas {info['ptxas']}, which Triton runs, has compiled matrix products "
-                  "of others' kernels wrongly for Hopper; 13.1 does not. To use the one in Triton's "
-                  "package set TRITON_PTXAS_PATH to its backends/nvidia/bin/ptxas-blackwell.",
-                  file=sys.stderr)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 

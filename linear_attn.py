@@ -32,21 +32,31 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers.cache_utils import (
-    CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
+
+KNOWN = "5.5.4 to 5.24.0"      # the versions of transformers that were tried
+
+try:
+    from transformers.cache_utils import (
+        Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin,
+        StaticLayer)
+except ImportError as error:
+    raise ImportError(f"linear attention needs a cache that holds states: transformers {KNOWN} "
+                      f"are known to work, this is {transformers.__version__}.") from error
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 try:  # inside a saved checkpoint, kernels.py is a sibling in a package; here, a plain module
-    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention
+    from .kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 except ImportError:
-    from kernels import causal_conv, gated_delta_rule, gated_linear_attention
+    from kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 
+KNOWN_TRANSFORMERS = "5.15.1 to 5.24.0"     # the versions that hybrids are known to load with
 CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
 NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck
 GATE_NORMALIZER = 16    # GLA: log decay = logsigmoid(x) / 16
 MIN_LOG_DECAY = -5.0    # GLA: the kernels are exact down to this log decay per step
+GAP = 21                # padded tokens between documents: exp(-5 * 21) is 0 in fp32
 START_LOG_DECAY = (0.01, 0.03)  # inherited start: -log decay per step, spread over the heads
 
 
@@ -64,7 +74,9 @@ def decoder_layers(model):
     """The decoder's list of layers (nn.ModuleList). Raises UserError if the model has not one."""
     name, decoder = type(model).__name__, model.get_decoder()
     n = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    lists = [m for path, m in decoder.named_modules()       # lists inside a layer have a number
+             if isinstance(m, nn.ModuleList) and len(m) == n    # in their path: experts, norms
+             and not any(part.isdigit() for part in path.split("."))]
     if len(lists) != 1:
         raise UserError(f"{name}: looked for one list of {n} layers in its decoder, "
                         f"found {len(lists)}; this model cannot be converted.")
@@ -130,10 +142,27 @@ def _projection(linear):
     return Projection(weight, linear.bias)
 
 
-def _split(projection, pick):
-    """q, k and v out of a fused projection; `pick` maps rows [3C, ...] to three [C, ...]."""
-    biases = (None,) * 3 if projection.bias is None else pick(projection.bias)
-    return [Projection(w, b) for w, b in zip(pick(projection.weight), biases)]
+# Where q, k and v share one projection: its name, and whether its rows go [q ... q k v] for each
+# key/value head in turn, or all of q, all of k, all of v.
+FUSED = {"GPT2Attention": ("c_attn", False), "Phi3Attention": ("qkv_proj", False),
+         "GPTNeoXAttention": ("query_key_value", True), "FalconAttention": ("query_key_value", True),
+         "GPTBigCodeAttention": ("c_attn", True), "PersimmonAttention": ("query_key_value", True)}
+
+
+def _unfused(attn, num_heads, head_dim):
+    """q, k and v out of a fused projection of (H + 2 kv_heads) * D rows."""
+    name, by_group = FUSED[type(attn).__name__]
+    fused = _projection(getattr(attn, name))
+    kv_heads = (len(fused.weight) // head_dim - num_heads) // 2
+
+    def split(rows):
+        if not by_group:
+            return rows.split([n * head_dim for n in (num_heads, kv_heads, kv_heads)])
+        groups = rows.unflatten(0, (kv_heads, -1, head_dim))        # [kv_heads, H/kv_heads + 2, D]
+        return [part.flatten(0, 2) for part in groups.split([num_heads // kv_heads, 1, 1], dim=1)]
+
+    biases = (None,) * 3 if fused.bias is None else split(fused.bias)
+    return [Projection(w, b) for w, b in zip(split(fused.weight), biases)]
 
 
 def teacher_projections(attn, config):
@@ -146,12 +175,8 @@ def teacher_projections(attn, config):
     dim, layout = head_dim_of(attn, config), None
     if all(isinstance(linear, nn.Linear) for linear in separate):
         layout = [_projection(linear) for linear in separate]
-    elif isinstance(getattr(attn, "c_attn", None), Conv1D):             # GPT-2: [q | k | v]
-        layout = _split(_projection(attn.c_attn), lambda rows: rows.chunk(3))
-    elif type(attn).__name__ == "GPTNeoXAttention":                     # per head: [q | k | v]
-        heads = config.num_attention_heads
-        layout = _split(_projection(attn.query_key_value), lambda rows: [
-            part.flatten(0, 1) for part in rows.unflatten(0, (heads, 3, -1)).unbind(1)])
+    elif type(attn).__name__ in FUSED:
+        layout = _unfused(attn, config.num_attention_heads, dim)
     if layout is not None and out is not None:
         q, k, v, o = *layout, _projection(out)
         if (q.weight.shape[0] == o.weight.shape[1] and k.weight.shape[0] == v.weight.shape[0]
@@ -180,14 +205,14 @@ def _teacher_norm(attn, names, num_heads, head_dim):
     if norm is None:
         return None
     weight = getattr(norm, "weight", None)
-    if weight is None or weight.dim() != 1:
+    if weight is None or weight.dim() > 2:
         raise UserError(f"{type(norm).__name__}: this norm of q or k has a layout that is not "
                         "known here, so it cannot be inherited; use --init random.")
     norm = copy.deepcopy(norm)
-    if weight.numel() != head_dim:              # over the whole projection (OLMo 2)
+    if weight.numel() != head_dim:  # over the whole projection (OLMo 2), or [heads, D] (Cohere)
         for name, parameter in norm.named_parameters():
-            rows = repeat_heads(parameter.detach(), num_heads, head_dim)
-            setattr(norm, name, nn.Parameter(rows))
+            rows = repeat_heads(parameter.detach().flatten(), num_heads, head_dim)
+            setattr(norm, name, nn.Parameter(rows.view(-1, *parameter.shape[1:])))
     return norm
 
 
@@ -195,22 +220,104 @@ def _teacher_norm(attn, names, num_heads, head_dim):
 # Padding and the cache
 
 def padding_mask(attention_mask, length):
-    """Which of the last `length` tokens are real: bool [B, length], or None if all are.
+    """Which of the last `length` tokens are real: bool [B, length].
 
-    attention_mask is what transformers hands to an attention module: None, [B, K], or
-    [B, 1, Q, K] (bool, or float with the lowest number where masked). In the last form a token
-    is real if and only if it may attend to itself. During one-token decoding all are real.
+    attention_mask is what transformers hands to an attention module: [B, K], or [B, 1, Q, K]
+    (bool, or float with the lowest number where masked), whose last keys are the queries' own. In
+    the last form a token is real if and only if it may attend to itself.
     """
-    if attention_mask is None or length == 1:
-        return None
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(f"a linear layer cannot read a mask of type "
-                         f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
     if attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
     queries, keys = attention_mask.shape[-2:]
-    own = attention_mask[:, 0].diagonal(offset=keys - queries, dim1=-2, dim2=-1)    # [B, Q]
-    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    return _visible(attention_mask[:, 0].diagonal(keys - queries, -2, -1))          # [B, Q]
+
+
+def _visible(mask):
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+class Rows(NamedTuple):
+    """A call's tokens [B, T] laid out for a mixer, where some are padding or a row holds several
+    documents (packing): in each of the B rows, of R >= T places, the real tokens in order, the
+    padded ones behind them. Before another document stands a gap, in which all is forgotten."""
+    order: torch.Tensor             # [B, R] which token of the call stands here
+    place: torch.Tensor             # [B, T] its inverse: where each token of the call stands
+    real: torch.Tensor              # [B, R] bool: neither padding nor a gap
+    gap: torch.Tensor | None        # [B, R] bool; None where no row holds several documents
+
+    @classmethod
+    def of(cls, attention_mask, length, begins):
+        """From a mask as `padding_mask` takes it. If the call begins its texts, its rows may hold
+        several: in the mask's second form they show as a token that may not attend to the real one
+        before it."""
+        real = padding_mask(attention_mask, length)
+        if length == 1:
+            only = torch.zeros_like(real, dtype=torch.long)
+            return cls(only, only, real, None)
+        order = real.logical_not().byte().argsort(dim=1, stable=True)
+        real, rows = real.gather(1, order), cls(order, order.argsort(1), real.gather(1, order), None)
+        if attention_mask.dim() == 2 or not begins:
+            return rows
+        queries, keys = attention_mask.shape[-2:]
+        before = order[:, 1:] * keys + order[:, :-1] + keys - queries               # [B, T-1]
+        seen = _visible(attention_mask[:, 0].flatten(1).gather(1, before))
+        return rows.with_gaps(F.pad(real[:, 1:] & ~seen, (1, 0)))
+
+    @classmethod
+    def of_positions(cls, position_ids):
+        """From positions [B, T] without padding, which restart where a document begins."""
+        order = torch.arange(position_ids.shape[1], device=position_ids.device)
+        order = order.expand_as(position_ids)
+        rows = cls(order, order, torch.ones_like(order, dtype=torch.bool), None)
+        return rows.with_gaps(F.pad(position_ids.diff(dim=1) <= 0, (1, 0)))
+
+    def with_gaps(self, first):
+        """With a gap before each `first` token of another document, [B, T] bool. Their number
+        decides R, so a host waits here for its GPU."""
+        most = int(first.sum(1).max())
+        if most == 0:
+            return self
+        T = first.shape[1]
+        slot = torch.arange(T, device=first.device) + GAP * first.cumsum(1)         # [B, T]
+        rows = slot.new_zeros(len(first), T + GAP * most)                           # [B, R]
+        gap = torch.arange(rows.shape[1], device=first.device) < slot[:, -1:]
+        return Rows(rows.scatter(1, slot, self.order), slot.gather(1, self.place),
+                    rows.bool().scatter(1, slot, self.real), gap.scatter(1, slot, False))
+
+    def gather(self, x):
+        """x [B, T, C] laid out, [B, R, C]."""
+        return x.take_along_dim(self.order.unsqueeze(-1), 1)
+
+    def scatter(self, o):
+        """o [B, R, H, D] as the call has its tokens, [B, T, H, D]."""
+        return o.take_along_dim(self.place[:, :, None, None], 1)
+
+    def written(self, x):
+        """k, beta or a convolution's input, [B, R, channels]: only a real token writes."""
+        return x.masked_fill(~self.real.unsqueeze(-1), 0)
+
+    def decays(self, g):
+        """Log decays [B, R, channels]: padding forgets nothing, a gap everything."""
+        g = g.masked_fill(~self.real.unsqueeze(-1), 0)
+        return g if self.gap is None else g.masked_fill(self.gap.unsqueeze(-1), MIN_LOG_DECAY)
+
+
+def short_conv(x, kernel, rows, cache):
+    """SiLU(causal_conv(x, kernel)) and the new cache, as kernels.py has them, of x [B, R, D] as
+    `rows` (a Rows, or None) laid it out: the cache holds what lies before the last real token."""
+    if rows is None:
+        return causal_conv(x, kernel, cache, activation="silu")
+    x, W = rows.written(x), kernel.shape[-2]
+    before = x.new_zeros(len(x), W - 1, x.shape[-1]) if cache is None else cache.to(x.dtype)
+    number = torch.arange(1, x.shape[1] + W, device=x.device)
+    last = (rows.real * number[:x.shape[1]]).amax(1, keepdim=True)      # [B, 1], counted from 1
+    tail = torch.cat([before, x], 1).take_along_dim(
+        (last + number[:W - 1] - 1).unsqueeze(-1), 1)                   # [B, W-1, D]
+    return causal_conv(x, kernel, cache, activation="silu")[0], tail
+
+
+# What attention modules have called the cache: 5.24's name, the one before it, some families' own
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -242,6 +349,9 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length):
         return self.seen + query_length, 0
+
+    def get_max_cache_shape(self):      # asked for by transformers before 5.13
+        return -1
 
     def _each_tensor(self, function):
         self.recurrent = None if self.recurrent is None else function(self.recurrent)
@@ -285,6 +395,8 @@ def cache_layer(cache, layer_idx):
     """The LinearCacheLayer at `layer_idx` of a transformers Cache, put there at first use."""
     if cache is None:
         return None
+    if not isinstance(cache, Cache):
+        raise UserError(NO_CONTINUOUS_BATCHING)
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
@@ -310,15 +422,13 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, o, gate):                                     # both [B, T, H, D]
-        o = o.float() if o.dtype != torch.float64 else o
-        o = F.rms_norm(o, o.shape[-1:], self.weight.to(o.dtype), NORM_EPS)
-        return (o * F.silu(gate.to(o.dtype))).to(gate.dtype)
+        return gated_rms_norm(o.to(gate.dtype), self.weight, gate, NORM_EPS)
 
 
 def l2_normalize(x, eps=1e-6):
     """x / |x| over the last dimension, in fp32 (fp64 for fp64), back in x's dtype."""
-    wide = x.float() if x.dtype != torch.float64 else x
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    D = x.shape[-1]
+    return gated_rms_norm(x, eps=eps / D, scale=D ** -0.5)
 
 
 def inverse_softplus(x):
@@ -328,9 +438,10 @@ def inverse_softplus(x):
 class LinearAttention(nn.Module):
     """What the three mixers share: projections, output gate, norm, padding, cache, making.
 
-    forward(hidden_states [B, T, C], attention_mask=None, past_key_values=None) -> ([B, T, C],
-    None), the calling convention of attention modules in transformers (`layer_past` in some
-    families; whatever else they pass is not needed here). A subclass adds its parameters in
+    forward(hidden_states [B, T, C], attention_mask=None, position_ids=None, cache=None) ->
+    ([B, T, C], None), the calling convention of attention modules in transformers (the cache has
+    several names, CACHE_NAMES; what else they pass is not needed here). ValueError for a mask or
+    a cache that a linear layer cannot use. A subclass adds its parameters in
     `add_parameters`, its neutral start in `start_neutral`, and its recurrence in `mix`.
     """
 
@@ -342,7 +453,7 @@ class LinearAttention(nn.Module):
         if init not in ("inherit", "random"):
             raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
         self.layer_idx, self.init = layer_idx, init
-        config = config.get_text_config(decoder=True)
+        config = self.config = config.get_text_config(decoder=True)
         self.hidden_size, self.head_dim = config.hidden_size, head_dim_of(attn, config)
         self.num_heads, biases, norms = config.num_attention_heads, [False] * 4, (None, None)
         self.clip_qkv = None
@@ -371,6 +482,7 @@ class LinearAttention(nn.Module):
         of q and k included), new parameters neutral. "random": nothing of the teacher but its
         sizes. `seed` and the layer's number fix what is drawn. Raises UserError."""
         like = next(attn.parameters())
+        config = config.get_text_config(decoder=True)
         with torch.device(like.device), torch.no_grad():
             mixer = cls(attn, config, layer_idx, init)
             draw = torch.Generator().manual_seed(1_000_003 * seed + layer_idx)
@@ -416,28 +528,52 @@ class LinearAttention(nn.Module):
     def _normed(self, x, norm):
         if norm is None:
             return x
-        if norm.weight.numel() == self.head_dim:
+        if norm.weight.shape[-1] == self.head_dim:
             return norm(self.heads(x)).flatten(-2)
         return norm(x)
 
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
-    def head_outputs(self, hidden_states, attention_mask=None, cache=None):
+    def rows(self, hidden_states, attention_mask, position_ids, begins):
+        """How hidden_states [B, T, C] are laid out: a Rows, or None where each row is one document
+        without padding. Packed documents show in the mask, but flash attention gets none: it knows
+        them, in a batch of one, by their positions. Both are looked at only where the call begins
+        its texts."""
+        B, T, _ = hidden_states.shape
+        if isinstance(attention_mask, torch.Tensor):
+            return Rows.of(attention_mask.expand(B, *attention_mask.shape[1:]), T, begins)
+        if attention_mask is not None:
+            raise ValueError(f"a linear layer cannot read a mask of type "
+                             f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
+        flash = "flash" in str(self.config._attn_implementation)
+        if flash and begins and B == 1 < T and position_ids is not None and position_ids.dim() == 2:
+            return Rows.of_positions(position_ids)
+        return None
+
+    def head_outputs(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
         """The input of o_proj, [B, T, H * D]: the module's output is linear in o_proj, so these
         are the features of the closed-form start (distill.py)."""
-        mask = padding_mask(attention_mask, hidden_states.shape[1])
         past = cache_layer(cache, self.layer_idx)
-        o, recurrent, conv = self.mix(hidden_states, mask if mask is None else mask.unsqueeze(-1),
-                                      past and past.recurrent, past and past.conv)
+        begins = past is None or past.seen == 0
+        rows = self.rows(hidden_states, attention_mask, position_ids, begins)
+        o, recurrent, conv = self.mix(
+            hidden_states if rows is None else rows.gather(hidden_states), rows,
+            past and past.recurrent, past and past.conv)
         if past is not None:
             past.store(recurrent, conv, hidden_states.shape[1])
+        o = o if rows is None else rows.scatter(o)
         return self.o_norm(o, self.heads(self.g_proj(hidden_states))).flatten(-2)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, layer_past=None,
-                **kwargs):
-        cache = layer_past if past_key_values is None else past_key_values
-        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache)), None
+    def forward(self, hidden_states, attention_mask=None, position_ids=None, **kwargs):
+        caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):
+                raise ValueError(f"a linear layer got a cache under the unknown name {name!r}: "
+                                 f"transformers {KNOWN} are known to work, this is "
+                                 f"{transformers.__version__}.")
+        cache = caches[0] if caches else None
+        return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache, position_ids)), None
 
 
 class GatedLinearAttention(LinearAttention):
@@ -457,12 +593,12 @@ class GatedLinearAttention(LinearAttention):
         bias = log_sigmoid - torch.log(-torch.expm1(log_sigmoid))
         self.decay_up.bias.copy_(bias.repeat_interleave(self.head_dim))
 
-    def mix(self, hidden_states, mask, recurrent, conv):
+    def mix(self, hidden_states, rows, recurrent, conv):
         q, k, v = self.project(hidden_states)
         g = F.logsigmoid(self.decay_up(self.decay_down(hidden_states)).float()) / GATE_NORMALIZER
         g = g.clamp(min=MIN_LOG_DECAY)
-        if mask is not None:                # a padded token writes nothing and forgets nothing
-            k, g = k * mask, g * mask
+        if rows is not None:
+            k, g = rows.written(k), rows.decays(g)
         o, recurrent = gated_linear_attention(
             self.heads(q), self.heads(k), self.heads(v), self.heads(g), recurrent)
         return o, recurrent, None
@@ -507,22 +643,20 @@ class GatedDeltaNet(LinearAttention):
     def start_neutral_conv(self):
         self.conv_kernel.copy_(identity_kernel(self.conv_kernel.shape[1]))
 
-    def convolve(self, hidden_states, mask, cache):
+    def convolve(self, hidden_states, rows, cache):
         """SiLU(conv) of q, k and v, each [B, T, H * D], and the convolution's new tail."""
         qkv = torch.cat(self.project(hidden_states), dim=-1)            # [B, T, 3 * H * D]
-        if mask is not None:
-            qkv = qkv * mask
-        qkv, cache = causal_conv(qkv, self.conv_kernel, cache, activation="silu")
+        qkv, cache = short_conv(qkv, self.conv_kernel, rows, cache)
         return *qkv.chunk(3, dim=-1), cache
 
-    def mix(self, hidden_states, mask, recurrent, conv):
-        q, k, v, conv = self.convolve(hidden_states, mask, conv)
+    def mix(self, hidden_states, rows, recurrent, conv):
+        q, k, v, conv = self.convolve(hidden_states, rows, conv)
         q, k = l2_normalize(self.heads(q)), l2_normalize(self.heads(k))
         beta = self.b_proj(hidden_states).float().sigmoid()             # [B, T, H]
         step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         g = -self.A_log.float().exp() * step                            # [B, T, H]
-        if mask is not None:
-            beta, g = beta * mask, g * mask
+        if rows is not None:
+            beta, g = rows.written(beta), rows.decays(g)
         o, recurrent = gated_delta_rule(q, k, self.heads(v), g, beta, recurrent)
         return o, recurrent, conv
 
@@ -544,13 +678,11 @@ class JetBlock(GatedDeltaNet):
         self.kernel_up.weight.zero_()
         self.kernel_up.bias.copy_(identity_kernel(self.num_heads * self.head_dim).flatten())
 
-    def convolve(self, hidden_states, mask, cache):
+    def convolve(self, hidden_states, rows, cache):
         q, k, v = self.project(hidden_states)
         kernel = self.kernel_up(F.silu(self.kernel_down(hidden_states)))
         kernel = kernel.unflatten(-1, (CONV_SIZE, -1))                  # [B, T, W, H * D]
-        if mask is not None:
-            v = v * mask
-        v, cache = causal_conv(v, kernel, cache, activation="silu")
+        v, cache = short_conv(v, kernel, rows, cache)
         return F.silu(q), F.silu(k), v, cache
 
 
@@ -580,6 +712,10 @@ def identity_kernel(channels):
 MODEL_TYPE_PREFIX = "dtr_"
 
 
+NO_CONTINUOUS_BATCHING = ("a hybrid's states do not fit into the pages of continuous batching "
+                          "(generate_batch): use generate() on a padded batch.")
+
+
 class HybridMixin:
     """Builds the base model, then swaps in the mixers that the config lists."""
 
@@ -587,11 +723,37 @@ class HybridMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        mixer = MIXERS[config.linear_attn]
-        for layer_idx in config.linear_layers:
-            attn = attention_modules(self)[layer_idx]
-            swap(self, layer_idx, mixer(attn, config, layer_idx, config.linear_init))
+        n, attention = len(config.linear_layers), attention_modules(self)
+        kinds, inits = ([value] * n if isinstance(value, str) else value    # one for all, or a list
+                        for value in (config.linear_attn, config.linear_init))
+        for layer_idx, kind, init in zip(config.linear_layers, kinds, inits, strict=True):
+            swap(self, layer_idx, MIXERS[kind](attention[layer_idx], config, layer_idx, init))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As in transformers, but a checkpoint that does not fit is refused: transformers would
+        draw what is missing at random, and go on."""
+        shards = kwargs.get("distributed_config")
+        if any(kwargs.get(name) or getattr(shards, name, None) for name in ("tp_plan", "tp_size")):
+            raise UserError("a hybrid does not run tensor-parallel, since its linear layers have no "
+                            "plan for that; load it on one device, or with device_map='auto'.")
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = [f"{kind} {min(keys)}, {len(keys)} in all" for kind in ("missing", "unexpected")
+                 if (keys := info[f"{kind}_keys"])]
+        if wrong:
+            raise UserError(f"this checkpoint is damaged or not of this model ({'; '.join(wrong)}): "
+                            "save the hybrid again, or download it again.")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, under the parameters' own names: the names of the base's checkpoint
+        would be turned back by model type at loading, and a hybrid has a type of its own."""
+        super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused here: an error in the middle of generate_batch would only be logged."""
+        raise UserError(NO_CONTINUOUS_BATCHING)
 
 
 def __getattr__(name):
@@ -604,7 +766,8 @@ def __getattr__(name):
         made = type(name, (base,), {
             "model_type": MODEL_TYPE_PREFIX + base.model_type, "_auto_class": "AutoConfig",
             "__module__": __name__, **fields,
-            "__annotations__": {"linear_attn": str, "linear_layers": list, "linear_init": str}})
+            "__annotations__": {"linear_attn": str | list, "linear_layers": list,
+                                "linear_init": str | list}})
     else:
         made = type(name, (HybridMixin, base, GenerationMixin), {
             "config_class": getattr(_this_module(), f"Hybrid{base.config_class.__name__}"),
@@ -622,12 +785,14 @@ def is_hybrid_config(config):
 
 
 @contextlib.contextmanager
-def _as_hybrid(model, linear_attn, linear_layers, linear_init):
+def _as_hybrid(model):
     """Within the block, `model` is of its Hybrid class; the weights are not copied."""
     model_class, config_class = type(model), type(model.config)
     hybrid = getattr(_this_module(), "Hybrid" + model_class.__name__)
-    fields = {"linear_attn": linear_attn, "linear_layers": linear_layers,
-              "linear_init": linear_init}
+    layers, attention = linear_layers(model), attention_modules(model)
+    names = {mixer: name for name, mixer in MIXERS.items()}
+    fields = {"linear_layers": layers, "linear_init": [attention[i].init for i in layers],
+              "linear_attn": [names[type(attention[i])] for i in layers]}
     model.config.__class__, model.__class__ = hybrid.config_class, hybrid
     for name, value in fields.items():
         setattr(model.config, name, value)
@@ -654,15 +819,11 @@ def check_savable(model):
 def save_hybrid(model, directory, tokenizer=None):
     """Save `model` with whatever mixers are swapped in, as an ordinary checkpoint (safetensors,
     config, this file and kernels.py). Without any mixer, the base model is saved."""
-    layers = linear_layers(model)
-    if not layers:
+    if not linear_layers(model):
         model.save_pretrained(directory)
     else:
         check_savable(model)
-        mixers = [attention_modules(model)[i] for i in layers]
-        (kind,) = {name for name, cls in MIXERS.items() for m in mixers if type(m) is cls}
-        (init,) = {m.init for m in mixers}
-        with _as_hybrid(model, kind, layers, init):
+        with _as_hybrid(model):
             model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -17,6 +17,7 @@ after an interruption, and it goes on. The last line on stdout is the result as 
 """
 
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -36,13 +37,13 @@ from distill import (
     load_blocks, make_mixers, make_optimizers, peak_memory, read_run, teacher_forward, train_step)
 from eval import (
     CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
-    add_task_flags, answer_hybrids, attention_modules, check_metric, demo_file, demo_text,
-    demo_tokenizer, digest, evaluate_hybrids, file_task, find_device, find_task, fingerprint,
-    finish, gather, join_ranks, layers_can_be_shared, load_model, lock_dir, log, make_demo,
-    make_output_dir, pad, parse_layers, positive, prepare, progress, rank, run_script, slices,
-    split_docs, versions, world_size, write_atomic, write_json)
+    add_task_flags, answer_hybrids, attention_modules, check_metric, command_line, demo_file,
+    demo_text, demo_tokenizer, digest, dtype_to_save, evaluate_hybrids, file_task, find_device,
+    find_task, fingerprint, finish, gather, join_ranks, layers_can_be_shared, load_model, lock_dir,
+    log, make_demo, make_output_dir, pad, parse_layers, positive, prepare, progress, rank,
+    run_script, slices, split_docs, versions, world_size, write_atomic, write_json)
 from kernels import measured_limits
-from linear_attn import check_savable, replaced, save_hybrid
+from linear_attn import KNOWN_TRANSFORMERS, check_savable, replaced, save_hybrid
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
 SLACK = 1e-9        # scores are fractions of counts: equal counts must compare as equal
@@ -360,14 +361,95 @@ class Scorer:
 # ------------------------------------------------------------------------------------------------
 # What a search leaves behind
 
-def save_checkpoint(model, mixers, layers, tokenizer, path):
-    """The hybrid with `layers` linear as a checkpoint at `path`, whole or not at all."""
+@contextlib.contextmanager
+def held_in(model, dtype):
+    """Within the block the model's parameters are rounded to `dtype`, but for those that
+    transformers keeps in fp32. Lossless where they are wider copies of such numbers."""
+    kept, before = model._keep_in_fp32_modules_strict or (), model.dtype
+    rounded = [parameter for name, parameter in model.named_parameters()
+               if parameter.dtype == before and not any(part in name for part in kept)]
+    for parameter in rounded:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter in rounded:
+            parameter.data = parameter.data.to(before)
+
+
+def save_checkpoint(model, mixers, layers, tokenizer, path, dtype, card):
+    """The hybrid with `layers` linear as a checkpoint in `dtype` at `path`, with its model card,
+    whole or not at all."""
     building = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
-    with replaced(model, mixers, layers):
+    with replaced(model, mixers, layers), held_in(model, dtype):
         save_hybrid(model, building, tokenizer)
+    (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
     os.replace(building, path)
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [distill-then-replace, linear-attention]
+{base_model}---
+# {name}: {replaced} of {total} attention layers linear, for {task}
+
+Layers {layers} of `{model}` are linear attention ({attn}) in place of softmax attention; all else
+is the base model's. Made by Distill-then-Replace: each linear layer was distilled alone to give what
+the attention layer gives, on {data}; which layers are linear was decided on the validation split of
+`{task}`, by replace.py below. It is meant for that task; on others it is not tested.
+
+| {metric} +- standard error | {splits} |
+|---|{rule}
+{rows}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
+```
+
+Known to load with transformers {known}; made with {made}. Batches, left padding, beams, sampling,
+the cache and fine-tuning work as with the base. It is not for: assisted decoding and prompt lookup
+(they roll the cache back), static caches, continuous batching (`generate_batch`), tensor
+parallelism, flex attention.
+
+## How it was made
+
+```
+{commands}
+```
+
+```bibtex
+@misc{{distill-then-replace, title={{Distill-then-Replace}}, eprint={{2601.11667}},
+      archivePrefix={{arXiv}}, year={{2026}}, url={{https://arxiv.org/abs/2601.11667}}}}
+```
+"""
+
+
+def model_card(result, name, scorer):
+    """README.md of the checkpoint result[name], with its scores beside the base model's."""
+    layers, runs = result[name]["layers"], [read_run(run) for run in result["blocks"].split(",")]
+
+    def row(title, layers):
+        found = [scorer.rows(split, [layers])[0] for split in scorer.splits]
+        return f"| {title} | " + " | ".join(
+            f"{r['score']:.4f} +- {r['stderr']:.4f} (n = {r['n']})" for r in found) + " |"
+    hub = not Path(result["model"]).exists()
+    return CARD.format(
+        **{key: result[key] for key in ("model", "task", "metric", "attn")}, layers=layers,
+        base_model=f"base_model: {result['model']}\n" if hub else "", replaced=len(layers),
+        name=Path(result["model"]).name, total=len(attention_modules(scorer.model)),
+        data="; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs)),
+        splits=" | ".join(scorer.splits), rule="---|" * len(scorer.splits),
+        rows=row("base", ()) + "\n" + row("this model", layers), known=KNOWN_TRANSFORMERS,
+        made=transformers.__version__,
+        commands="\n".join([*(run.get("command", "(not recorded)") for run in runs), command_line()]))
 
 
 def plot_search(result, path):
@@ -653,7 +735,9 @@ def run_search(args, model, tokenizer):
     task = find_task(args.task, args)
     metric, num_layers = check_metric(task, args.metric), len(attention_modules(model))
     given = parse_layers(args.layers, num_layers) if args.layers else None
-    mixers = load_blocks(args.blocks, model, given)
+    mixers, dtype = load_blocks(args.blocks, model, given), dtype_to_save(args.model, model, args.dtype)
+    for mixer in mixers.values():
+        mixer.to(dtype).to(model.dtype)         # what is scored is what will be saved
     splits = {name: prepare(task, docs, model, tokenizer, args, searched=name == "validation")
               for name, docs in search_documents(args, task).items()}
     journal = Journal(out / "search.jsonl", {
@@ -681,7 +765,8 @@ def run_search(args, model, tokenizer):
                       "ranks": world_size(), "versions": versions()}
     if rank() == 0:
         for name in ("best", "opt"):
-            save_checkpoint(model, mixers, result[name]["layers"], tokenizer, out / name)
+            save_checkpoint(model, mixers, result[name]["layers"], tokenizer, out / name, dtype,
+                            model_card(result, name, scorer))
         if given is None:
             plot_search(result, out / "search.png")
         write_json(out / "result.json", result)

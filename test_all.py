@@ -5,10 +5,11 @@ Tests on the real 260 K-parameter model and its data need ../shared and skip whe
 
 import argparse
 import copy
+import datetime
 import functools
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -20,13 +21,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import distill
 import eval as evaluation
@@ -63,6 +65,20 @@ FAMILIES = {
     "olmo": lambda: transformers.OlmoConfig(**SMALL, clip_qkv=0.5),
     "phi": lambda: transformers.PhiConfig(**{**SMALL, "num_key_value_heads": 4},
                                           qk_layernorm=True),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, use_qk_norm=True),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(
+        vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=None,
+        eos_token_id=None),
+    "persimmon": lambda: transformers.PersimmonConfig(**SMALL),
+}
+FALCON = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+              bos_token_id=None, eos_token_id=None)
+FALCONS = {         # its three layouts
+    "multi_query": lambda: transformers.FalconConfig(**FALCON),
+    "grouped": lambda: transformers.FalconConfig(**FALCON, new_decoder_architecture=True,
+                                                 num_kv_heads=2),
+    "per_head": lambda: transformers.FalconConfig(**FALCON, multi_query=False, bias=True),
 }
 DECODED = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma")
 
@@ -122,7 +138,7 @@ def op_inputs(op, T, decay, near_keys=False, K=16, V=24, H=2, B=2):
     g = torch.rand(B, T, H, *(() if op == "gated_delta_rule" else (K,)))
     g = {"mild": -0.3 * g, "none": 0 * g, "strong": 0 * g + strongest,
          "range": strongest * (0.25 + 0.75 * g), "mixed": torch.where(g < 0.5, strongest, -0.01),
-         "resets": torch.where(g < 0.3, -torch.inf, -0.1)}[decay]
+         "resets": torch.where(g < 0.3, -torch.inf if op == "gated_delta_rule" else -5.0, -0.1)}[decay]
     beta = [torch.ones(B, T, H) if near_keys else torch.rand(B, T, H)]
     return [x.double() for x in (torch.randn(B, T, H, K), k, torch.randn(B, T, H, V), g,
                                  *(beta if op == "gated_delta_rule" else []), torch.randn(B, H, K, V))]
@@ -240,6 +256,10 @@ def test_dtypes_and_refusals():
             getattr(kernels, op)(*inputs, state[:, :1])
         with pytest.raises(ValueError, match="no tokens"):
             getattr(kernels, op)(*(x[:, :0] for x in inputs))
+    q, k, v, g = inputs
+    for tokens in (20, 1):
+        with pytest.raises(ValueError, match="-6 somewhere.*clamp"):
+            kernels.gated_linear_attention(*(x[:, :tokens] for x in (q, k, v, g - 6 - g)))
 
 
 @pytest.mark.parametrize("W", (1, 2, 4))
@@ -332,6 +352,28 @@ def check_kernels(op, dtype):
 @pytest.mark.parametrize("op", ("gated_delta_rule", "gated_linear_attention"))
 def test_kernels_equal_the_loop(op, dtype):
     in_interpreter(f"check_kernels({op!r}, t.torch.{dtype})")
+
+
+def check_gates_out_of_domain():
+    """On kernels: a NaN in g reaches the outputs, and GLA takes g below -5 for -5."""
+    for op in ("gated_delta_rule", "gated_linear_attention"):
+        kernel = functools.partial(getattr(kernels, op), backend="triton")
+        q, k, v, g, *rest = (x.float() for x in op_inputs(op, 20, "mild"))
+        for tokens in (20, 1):                                              # chunks, step
+            bad = g[:, :tokens].clone()
+            bad[:, 0] = torch.nan
+            with torch.no_grad():
+                outputs = kernel(*(x[:, :tokens] for x in (q, k, v)), bad,
+                                 *(x[:, :tokens] for x in rest[:-1]), rest[-1])
+            assert all(x.isnan().all() for x in outputs), f"{op} hides a NaN, {tokens} tokens"
+    q, k, v, g, state = (x.float() for x in op_inputs("gated_linear_attention", 20, "strong"))
+    for below, at in zip(kernel(q, k, v, 20 * g, state), kernel(q, k, v, g, state)):
+        assert torch.equal(below, at)
+
+
+def test_kernels_outside_the_domain_of_g():
+    """A NaN log decay once became the strongest one, so that a diverged model looked sound."""
+    in_interpreter("check_gates_out_of_domain()")
 
 
 def check_decay_parameters():
@@ -567,6 +609,20 @@ def test_kernels_script_sees_what_no_kernel_writes(tmp_path):
     assert run.returncode == 1 and "FAILED state: rms error nan" in run.stdout
 
 
+def test_hopper_gets_a_ptxas_that_compiles_the_kernels_right():
+    """On an H200 the ptxas 12.8 that Triton runs by itself gave wrong gradients without a word."""
+    block = ("import kernels, triton; kernels._use_sound_ptxas(); "
+             "from triton.backends.nvidia import compiler as c; "
+             "print(c.get_ptxas(90).version, c.get_ptxas_version(90))")
+    run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+    assert tuple(map(int, run.stdout.split()[0].split("."))) >= (13, 1), run.stderr
+    assert f"release {run.stdout.split()[0]}" in run.stdout
+    usual = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    run = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "TRITON_PTXAS_PATH": str(usual)})
+    assert "RuntimeError: ptxas 12.8 compiles these kernels wrongly for Hopper" in run.stderr
+
+
 def test_kernels_compile_without_spills_for_a100_and_h100():
     run = kernels_script("--compile", "sm_80", "sm_90")
     assert run.returncode == 0, run.stdout[-9000:] + run.stderr[-3000:]
@@ -626,6 +682,25 @@ def test_inherited_projections_are_the_teachers_q_k_v(family):
         assert (mixer.o_proj.bias is None) == (wanted.bias is None)
 
 
+@pytest.mark.parametrize("layout", FALCONS)
+def test_falcon_is_inherited_in_its_three_layouts(layout):
+    """Each fuses q, k and v in an order of its own; Falcon itself says which rows are whose."""
+    model = random_model(FALCONS[layout]())
+    attn, x = attention_modules(model)[0], torch.randn(2, 7, 32)
+    mixer = MIXERS["gla"].from_attention(attn, model.config, 0)
+    for ours, theirs in zip(mixer.project(x), attn._split_heads(attn.query_key_value(x))):
+        assert relative(ours.unflatten(-1, (4, 8)), theirs.expand(2, 7, 4, 8)) < 1e-5
+
+
+def test_norms_per_head_are_not_taken_for_layers():
+    """StableLM has a list of norms in its attention, as long as the list of layers where it has
+    as many heads as layers."""
+    config = transformers.StableLmConfig(**{**SMALL, "num_hidden_layers": 4}, qk_layernorm=True)
+    model = random_model(config)
+    assert linear_attn.decoder_layers(model) is model.model.layers
+    assert len(attention_modules(model)) == 4
+
+
 def test_repeated_heads_follow_repeat_kv():
     from transformers.models.llama.modeling_llama import repeat_kv
     x = torch.randn(2, 5, 3 * 8)                                        # 3 key/value heads of 8
@@ -660,8 +735,7 @@ def test_every_parameter_learns_and_the_seed_decides(attn, init):
 
 
 def test_layouts_that_are_not_understood_are_refused_for_inherit():
-    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2,
-                                       num_attention_heads=4)
+    config = transformers.CodeGenConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
     model = random_model(config)
     attn = attention_modules(model)[0]
     with pytest.raises(UserError, match="--init random"):
@@ -758,6 +832,87 @@ def test_padding_changes_nothing_for_real_tokens(attn, implementation):
     assert relative(mixer(torch.cat([garbage, x], 1))[0][:, 5:], alone) > 0.01
 
 
+@pytest.mark.parametrize("attn", MIXERS)
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+def test_padding_may_stand_anywhere_and_come_in_pieces(attn, implementation):
+    """Real tokens read as those of the row alone, padding before, between and behind them (the
+    second turn of a batched chat), whole or in pieces of any size: a convolution's taps and tail
+    hold real tokens, and a piece of one padded token writes no state."""
+    model = random_model(FAMILIES["qwen2"](), scale=3.0)
+    model.set_attn_implementation(implementation)
+    ids, mask = tokens(4, 14), torch.ones(4, 14, dtype=torch.long)
+    mask[0, :5] = mask[1, 4:9] = mask[2, 11:] = mask[3, [0, 2, 3, 5, 6, 7, 13]] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with replace.replaced(model, shaken_mixers(model, attn), (0, 1, 2)):
+        for sizes in ([14], [9, 5], [1] * 14, [5, 1, 3, 1, 4]):
+            cache, parts, start = transformers.DynamicCache(), [], 0
+            for piece, where in zip(ids.split(sizes, 1), positions.split(sizes, 1)):
+                start += piece.shape[1]
+                out = model(piece, attention_mask=mask[:, :start], position_ids=where,
+                            past_key_values=cache, use_cache=len(sizes) > 1)
+                parts.append(out.logits)
+            for row, logits, real in zip(ids, torch.cat(parts, 1), mask.bool()):
+                alone = model(row[real].unsqueeze(0), use_cache=False).logits
+                assert relative(logits[real], alone[0]) < 1e-4, sizes
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_padded_prompts_may_be_read_in_chunks(attn):
+    model = random_model(FAMILIES["llama"](), scale=3.0)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    limits = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with replace.replaced(model, shaken_mixers(model, attn), (0, 2)):
+        whole = model.generate(ids, **limits)
+        for size in (1, 2):
+            assert torch.equal(model.generate(ids, prefill_chunk_size=size, **limits), whole)
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+@pytest.mark.parametrize("family", ("llama", "gpt_neox", "gpt2"))
+def test_packed_documents_do_not_see_each_other(family, attn):
+    """Positions that restart inside a row (SFTTrainer(packing=True)), documents shorter than the
+    convolution included: outputs and gradients are those of each document alone."""
+    model = random_model(FAMILIES[family](), scale=3.0)
+    mixers, lengths = shaken_mixers(model, attn), (5, 1, 2, 7, 3)
+    ids = tokens(2, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    mixers[0].requires_grad_(True)
+    with replace.replaced(model, mixers, (0, 1, 2)):
+        grads = []
+        for pieces in ([(ids, positions)], zip(ids.split(lengths, 1), positions.split(lengths, 1))):
+            logits = torch.cat([model(i, position_ids=p, use_cache=False).logits
+                                for i, p in pieces], 1)
+            logits.logsumexp(-1).sum().backward()
+            grads.append((logits.detach(), mixers[0].q_proj.weight.grad,
+                          mixers[0].v_proj.weight.grad))
+            mixers[0].zero_grad()
+        assert all(relative(packed, alone) < 1e-4 for packed, alone in zip(*grads))
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_flash_attention_packs_by_positions(attn):
+    """It gets no mask for packed documents; a mixer beside it reads the positions."""
+    model = random_model(FAMILIES["llama"](), scale=3.0)
+    mixer, x = shaken_mixers(model, attn)[0], torch.randn(1, 9, 32)
+    mixer.config._attn_implementation = "flash_attention_2"
+    packed = mixer(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]))[0]
+    assert relative(packed, torch.cat([mixer(part)[0] for part in x.split((4, 2, 3), 1)], 1)) < 1e-5
+    assert torch.equal(mixer(x, position_ids=torch.arange(9)[None])[0], mixer(x)[0])
+
+
+def test_a_cache_is_known_under_every_name():
+    """The name differs by family and version; under one not known here it must not be ignored."""
+    model = random_model(FAMILIES["llama"]())
+    mixer, x = shaken_mixers(model, "gdn")[0], torch.randn(1, 5, 32)
+    for name in linear_attn.CACHE_NAMES:
+        cache = transformers.DynamicCache()
+        mixer(x, **{name: cache})
+        assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match="unknown name 'memory'"):
+        mixer(x, memory=cache)
+
+
 def test_caches_that_cannot_work_are_refused():
     model = random_model(FAMILIES["llama"]())
     mixers, ids = shaken_mixers(model, "gdn"), tokens(1, 6)
@@ -772,64 +927,217 @@ def test_caches_that_cannot_work_are_refused():
             hybrid_cache.crop(-1)
     with pytest.raises(RuntimeError, match="make a new cache"):
         model(ids, past_key_values=hybrid_cache)
+    config = linear_attn.HybridLlamaConfig(**SMALL, linear_layers=[0])
+    hybrid = linear_attn.HybridLlamaForCausalLM(config)
+    with pytest.raises(UserError, match="continuous batching"):
+        hybrid.generate_batch(ids.tolist(), max_new_tokens=2)
+    with pytest.raises(UserError, match="continuous batching"):     # as its pages reach a mixer
+        mixers[1](torch.zeros(1, 4, 32), past_key_values=object())
+
+
+@pytest.mark.parametrize("attn, channels", (("gla", 0), ("gdn", 3 * 32), ("jet", 32)))
+def test_bytes_of_a_linear_layers_memory(attn, channels):
+    """H D D fp32 numbers and the convolution's tail, W - 1 inputs of its channels, after any number
+    of tokens; a softmax layer keeps 2 kv_heads D numbers of every token."""
+    model = random_model(FAMILIES["llama"]()).bfloat16()
+    swap(model, 1, shaken_mixers(model, attn)[1])
+    for length in (8, 24):
+        layers = model(tokens(2, length)).past_key_values.layers
+        linear = [t for t in (layers[1].recurrent, layers[1].conv) if t is not None]
+        softmax = layers[0].keys, layers[0].values
+        size = lambda tensors: sum(t.nbytes for t in tensors)
+        assert size(linear) == 2 * (4 * 8 * 8 * 4 + (linear_attn.CONV_SIZE - 1) * channels * 2)
+        assert size(softmax) == 2 * length * (2 * 2 * 8 * 2)
 
 
 # ------------------------------------------------------------------------------------------------
 # linear_attn.py: a hybrid is an ordinary checkpoint
 
-FRESH = """
-import sys, json, torch
-from transformers import AutoModelForCausalLM, AutoConfig
-path, again = sys.argv[1:3]
-try:
-    AutoModelForCausalLM.from_pretrained(path)
-    sys.exit("loaded without trust_remote_code")
-except ValueError:
-    pass
-model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True,
-                                                   output_loading_info=True)
-assert not any(len(v) for k, v in info.items() if k != "error_msgs"), info
-assert not any("work" == m for m in sys.modules) and "linear_attn" not in sys.modules
-model.save_pretrained(again)                                            # and once more
-model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
-ids = torch.load(f"{path}/ids.pt")
-half = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True, dtype=torch.bfloat16)
-assert half(ids).logits.isfinite().all()
-AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=True),
-                                 trust_remote_code=True)
-tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-torch.save({"logits": model(ids).logits, "tied": tied,
-            "tokens": model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)},
-           f"{path}/out.pt")
+EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
+               moe_intermediate_size=16, shared_expert_intermediate_size=16, n_group=1, topk_group=1)
+SAVED = FAMILIES | {f"falcon_{layout}": make for layout, make in FALCONS.items()} | {
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, **EXPERTS),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SMALL, **EXPERTS),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **EXPERTS),
+    "olmoe": lambda: transformers.OlmoeConfig(**SMALL, **EXPERTS),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**SMALL, **EXPERTS),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(**SMALL, **EXPERTS),
+    "phimoe": lambda: transformers.PhimoeConfig(**SMALL, **EXPERTS),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4}, **EXPERTS, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+    "olmo2": lambda: transformers.Olmo2Config(**SMALL),
+    "gemma3": lambda: transformers.Gemma3Config(        # text inside a model that also sees
+        text_config={**SMALL, "head_dim": 16}, mm_tokens_per_image=1, image_token_index=60,
+        boi_token_index=61, eoi_token_index=62, vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            image_size=16, patch_size=8)),
+}
+EVERY_MIXER = (*DECODED, "mixtral")
+PAIRS = (("gla", "gdn"), ("jet", "gdn"), ("gla", "jet"))        # of the mixers in layers 0 and 2
+SAVED_CASES = [(family, pair) for i, family in enumerate(SAVED)
+               for pair in (PAIRS[:2] if family in EVERY_MIXER else PAIRS[i % 3: i % 3 + 1])]
+
+FOREIGN = """
+import pathlib, sys, torch, transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+transformers.logging.set_verbosity_error()
+
+def load(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **kwargs)
+
+def refusal(path, **kwargs):
+    try:
+        load(path, **kwargs)
+    except ValueError as error:
+        return str(error)
+
+def outputs(path):
+    ids, mask = torch.load(path / "inputs.pt")
+    (model, info), other = load(path, output_loading_info=True), load(path)
+    assert not any(len(v) for v in info.values()), info
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), "two loads differ"
+    model.save_pretrained(path / "again")
+    again = load(path / "again")
+    return {"logits": model(ids).logits, "padded": model(ids, attention_mask=mask).logits,
+            "again": again(ids, attention_mask=mask).logits,
+            "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+            "tokens": model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False,
+                                     pad_token_id=0)}
+
+def refusals(path):
+    file, says = path / "model.safetensors", {}
+    whole = load_file(file)
+    try:
+        AutoModelForCausalLM.from_pretrained(path)
+    except ValueError:
+        says["code"] = "not run"
+    says["tp"] = refusal(path, tp_plan="auto")
+    first, *rest = whole
+    for kind, tensors in (("missing", {k: whole[k] for k in rest}),
+                          ("unexpected", {**whole, "odd": whole[first].clone()})):
+        save_file(tensors, file, metadata={"format": "pt"})
+        says[kind] = refusal(path)
+    save_file(whole, file, metadata={"format": "pt"})
+    assert load(path, dtype=torch.bfloat16)(torch.tensor([[1, 2]])).logits.isfinite().all()
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return says
+
+cases = sorted(pathlib.Path(sys.argv[1]).glob("*/inputs.pt"))
+for path in (case.parent for case in cases):
+    try:
+        found = outputs(path)
+    except Exception as error:
+        found = {"error": repr(error)}
+    torch.save(found, path / "outputs.pt")
+torch.save(refusals(cases[0].parent), cases[0].parent.parent / "refusals.pt")
+assert "linear_attn" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("family, attn", list(zip(
-    ("llama", "qwen2", "gpt2", "gpt_neox", "gemma", "qwen3", "opt", "phi"),
-    itertools.cycle(MIXERS))))
-def test_saved_hybrid_loads_where_the_project_is_unknown(family, attn, tmp_path):
-    """Logits bitwise equal in a process elsewhere; a decoy package named kernels is not used."""
-    model = random_model(FAMILIES[family](), scale=2.0)
-    init = "random" if family == "phi" else "inherit"
-    mixers, ids = shaken_mixers(model, attn, init), tokens(2, 9)
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("causal_conv = gated_delta_rule = None\n")
-    with replace.replaced(model, mixers, (0, 2)):
-        linear_attn.save_hybrid(model, tmp_path / "hybrid")
-        assert type(model).__name__ == type(random_model(FAMILIES[family]())).__name__
-        assert "linear_attn" not in model.config.to_dict()
-        torch.save(ids, tmp_path / "hybrid" / "ids.pt")
-        logits = model(ids).logits
-        generated = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    run = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "hybrid"),
-                          str(tmp_path / "again")], cwd=tmp_path, capture_output=True, text=True,
-                         stdin=subprocess.DEVNULL,
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Hybrids of many families, saved, and what a program gets from them that knows nothing of this
+    project: (directory, {case: what the hybrid itself gives}). Their bases come from checkpoints,
+    as real ones do: it is there that their key names differ. A decoy package named kernels must
+    not be used."""
+    path, expected = tmp_path_factory.mktemp("saved"), {}
+    for family, pair in SAVED_CASES:
+        random_model(SAVED[family](), scale=2.0).save_pretrained(path / "base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(path / "base").eval()
+        init = "random" if family in ("phi", "deepseek_v3") else "inherit"
+        for layer, attn in zip((0, 2), pair):
+            swap(model, layer, shaken_mixers(model, attn, init)[layer])
+        ids, mask = tokens(2, 9).clamp(max=59), torch.ones(2, 9, dtype=torch.long)
+        mask[0, :3] = 0
+        linear_attn.save_hybrid(model, path / f"{family}-{'-'.join(pair)}")
+        torch.save((ids, mask), path / f"{family}-{'-'.join(pair)}" / "inputs.pt")
+        with torch.no_grad():
+            expected[family, pair] = {
+                "logits": model(ids).logits, "padded": model(ids, attention_mask=mask).logits,
+                "again": model(ids, attention_mask=mask).logits,
+                "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+                "tokens": model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False,
+                                         pad_token_id=0)}
+    (path / "kernels").mkdir()
+    (path / "kernels" / "__init__.py").write_text("causal_conv = gated_delta_rule = None\n")
+    run = subprocess.run([sys.executable, "-c", FOREIGN, str(path)], cwd=path, capture_output=True,
+                         text=True, stdin=subprocess.DEVNULL,
+                         env={**os.environ, "HF_HOME": str(path / "hf"), "PYTHONPATH": ""})
+    assert run.returncode == 0, run.stderr[-2000:]
+    return path, expected
+
+
+@pytest.mark.parametrize("family, pair", SAVED_CASES)
+def test_saved_hybrid_loads_where_the_project_is_unknown(family, pair, saved):
+    """Two loads and a second save give equal bits, and the logits and the cached text of a
+    left-padded batch are the hybrid's own. Bases whose files have other key names (GPT-NeoX, most
+    mixtures of experts) came back with random weights."""
+    path, expected = saved
+    found = torch.load(path / f"{family}-{'-'.join(pair)}" / "outputs.pt")
+    assert "error" not in found, found
+    for name, value in expected[family, pair].items():
+        assert found[name] == value if name == "tied" else torch.equal(found[name], value), name
+
+
+def test_a_hybrid_that_does_not_fit_is_refused_where_the_project_is_unknown(saved):
+    """transformers itself would draw missing tensors at random and go on, cut a linear layer into
+    ranks, or build a plain model where the code in the checkpoint is not run."""
+    says = torch.load(saved[0] / "refusals.pt")
+    assert says["code"] == "not run" and "tensor-parallel" in says["tp"]
+    assert "(missing lm_head.weight, " in says["missing"]
+    assert "(unexpected odd, 1 in all)" in says["unexpected"]
+
+
+def test_a_damaged_hybrid_is_refused(lab, tmp_path, monkeypatch, capsys):
+    """load_hybrid and eval.py name what a checkpoint lacks; a base that lacks a tensor is refused
+    as well. A config of one mixer for all layers, as older hybrids have, still loads."""
+    model, tokenizer = load_lab_model(lab)
+    base, path = tmp_path / "base", tmp_path / "hybrid"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    with replace.replaced(model, shaken_mixers(model, "gdn"), (1, 2)):
+        linear_attn.save_hybrid(model, path, tokenizer)
+        logits = model(tokens(1, 5)).logits
+    config = json.loads((path / "config.json").read_text())
+    assert config["linear_attn"] == ["gdn", "gdn"]
+    (path / "config.json").write_text(json.dumps(
+        {**config, "linear_attn": "gdn", "linear_init": "inherit"}))
+    assert torch.equal(linear_attn.load_hybrid(path)(tokens(1, 5)).logits, logits)
+    for folder in (base, path):
+        whole = load_file(folder / "model.safetensors")
+        del whole["model.layers.1.mlp.up_proj.weight"]
+        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+        code, _, err = call(command("eval.py", model=folder, task=lab / "val.jsonl"), monkeypatch,
+                            capsys)
+        assert code == 2 and "model.layers.1.mlp.up_proj.weight" in err.splitlines()[-1], err
+    with pytest.raises(UserError, match="missing model.layers.1.mlp.up_proj.weight, 1 in all"):
+        linear_attn.load_hybrid(path)
+
+
+@pytest.mark.parametrize("what", ("chat", "tune"))
+def test_readme_chats_and_fine_tunes(what, lab, tmp_path):
+    """README's lines, run in another process on a small hybrid; the tuned one loads and differs."""
+    if not importlib.util.find_spec("peft"):
+        pytest.skip("peft is not installed")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, = (block for block in blocks if ("peft" in block) == (what == "tune"))
+    model, tokenizer = load_lab_model(lab)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with replace.replaced(model, shaken_mixers(model, "jet"), (1, 2)):
+        linear_attn.save_hybrid(model, tmp_path / "runs" / "jet-pubmedqa" / "opt", tokenizer)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                          env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr[-2000:]
-    out = torch.load(tmp_path / "hybrid" / "out.pt")
-    assert torch.equal(out["logits"], logits) and torch.equal(out["tokens"], generated)
-    assert out["tied"] == (model.get_output_embeddings().weight
-                           is model.get_input_embeddings().weight)
+    if what == "chat":
+        assert run.stdout.strip()
+    else:
+        before, after = (linear_attn.load_hybrid(tmp_path / "runs" / name)(tokens(1, 5)).logits
+                         for name in ("jet-pubmedqa/opt", "tuned"))
+        assert after.isfinite().all() and not torch.equal(before, after)
 
 
 def test_a_model_without_mixers_is_saved_as_the_base(tmp_path):
@@ -1306,6 +1614,55 @@ def test_pairs_are_cut_as_the_harness_cuts_them():
     assert cut(Letters(), "ab", " c", bos=False) == (tokens_of("ab c"), 2)
 
 
+class Merged(Letters):
+    """It ends every text with EOS, has one token for "?" and "\\n" together, and none for a space
+    that ends a text."""
+
+    def encode(self, text, add_special_tokens=True):
+        letters = [ord(c) for c in text.rstrip(" ").replace("?\n", "\x07")]
+        return [1] * add_special_tokens + letters + [2] * add_special_tokens
+
+
+def test_a_token_may_span_the_contexts_end():
+    """As the harness does, the context's own tokens are read, not those of both texts together:
+    18 of 33 log-likelihoods of a tokenizer like Qwen2.5's were others."""
+    cut = evaluation.encode_pair
+    assert cut(Merged(), "a?\n", "b") == ([1, 97, 63, 2, 2], 1)
+    assert cut(Merged(), "a", "?\nb") == ([1, 97, 2, 98, 2], 2)
+    assert cut(Merged(), "a?\n", "b", bos=False) == ([97, 63, 98], 1)
+    assert cut(Merged(), "a?", "\n", bos=False) == ([97, 63], 0)        # no token is left
+    assert cut(Merged(), "", "?\n") == ([1, 7], 1)
+    assert cut(Merged(), " \n", "b") == ([1, 2, 10, 98, 2], 3)
+    assert cut(Letters(), "", "") == ([1], 0)
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ("qwen_like", "gpt2_positions"))
+def test_log_likelihoods_equal_the_harness(case):
+    """Of models whose tokens span the context's end, and whose position table is short."""
+    model, tokenizer = evaluation.load_model(str(SHARED / "cases" / case))
+    task, docs = file_task(str(SHARED / "cases" / case / "items.jsonl"))
+    wanted = json.loads((SHARED / "cases" / case / "harness_lls.json").read_text())
+    for size, whole in itertools.product((1, 3, 64), (False, True)):
+        found = evaluation.evaluate(model, evaluation.Prepared(
+            task, docs, model, tokenizer, size, whole=whole)).outputs
+        assert sum(found, []) == pytest.approx(sum(wanted, []), abs=1e-4)
+
+
+@pytest.mark.parametrize("item, says", (
+    ({"context": "t1", "choices": ["t2", " "], "gold": 0}, "continuation '  '"),
+    ({"context": "t1", "choices": ["", "t2"], "gold": 0}, "continuation ' '"),
+    ({"context": "", "choices": ["t1", "t2"], "gold": 0}, "context ''"),
+    ({"context": " \n", "choices": ["t1", "t2"], "gold": 0}, "context ' \\\\n'"),
+    ({"prompt": "", "answer": "t1"}, "prompt ''"), ({"prompt": "\n ", "answer": "t1"}, "prompt")))
+def test_texts_without_tokens_are_refused(lab, tmp_path, item, says):
+    """A choice without tokens scored 0, more than any other, and won; an empty prompt crashed."""
+    model, tokenizer = load_lab_model(lab)
+    task, docs = file_task(jsonl(tmp_path / "items.jsonl", [item]))
+    with pytest.raises(UserError, match=f"items.jsonl line 1: the {says}.* has no tokens"):
+        evaluation.Prepared(task, docs, model, tokenizer, 8)
+
+
 def test_accuracies_by_hand():
     """acc by sums, acc_norm by characters, ties to the first, an empty choice never wins."""
     score = evaluation.CHOICE_FILE.score
@@ -1410,11 +1767,12 @@ def test_forks_send_their_rows_to_the_device_once():
             self.count += str(kwargs.get("device")) == "meta"
             return func(*args, **kwargs)
 
+    model = types.SimpleNamespace(device="meta", config=FAMILIES["llama"]())
     cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
     for layer in range(3):
         cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
     with Sent() as sent:
-        fork, mask, _ = evaluation.forked(cache, mask, torch.tensor([0, 0, 1]), 3, True, "meta")
+        fork, mask, _ = evaluation.forked(model, cache, mask, torch.tensor([0, 0, 1]), 3, True)
     assert sent.count == 1 and mask.shape == (3, 32)
     assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
 
@@ -1464,6 +1822,29 @@ def test_eval_script(lab, tmp_path, monkeypatch, capsys):
     code, norm, _ = call(command("eval.py", model=lab / "model", task=lab / "val.jsonl",
                                  limit=9, metric="acc_norm"), monkeypatch, capsys)
     assert norm["results"][0]["value"] == result["results"][0]["metrics"]["acc_norm"]
+
+
+def test_results_of_files_of_one_name_are_kept_apart(lab, tmp_path, monkeypatch, capsys):
+    """The second file's per-item results replaced the first's."""
+    items = [json.loads(line) for line in (lab / "val.jsonl").read_text().splitlines()]
+    tasks = [tmp_path / name / "validation.jsonl" for name in "abc"]
+    for n, path in enumerate(tasks, 2):
+        path.parent.mkdir()
+        write_rows(path, items[:n])
+    code, result, err = call(command("eval.py", model=lab / "model", out=tmp_path / "o",
+                                     task=",".join(map(str, tasks))), monkeypatch, capsys)
+    assert code == 0, err
+    lines = [Path(row["items"]).read_text().splitlines() for row in result["results"]]
+    assert list(map(len, lines)) == [2, 3, 4]
+    assert evaluation.distinct_stems(["a/x.jsonl", "x-2.jsonl", "b/x.jsonl"]) == ["x", "x-2", "x-3"]
+
+
+def test_a_generation_config_may_ask_for_a_dict(lab):
+    """generate() then returned something else than tokens, and the run ended in a traceback."""
+    model, split = prepared(lab, "generate")
+    plain = evaluation.evaluate(model, split).outputs
+    model.generation_config.return_dict_in_generate = True
+    assert evaluation.evaluate(model, split).outputs == plain
 
 
 @needs_shared
@@ -1651,6 +2032,9 @@ def test_a_right_choice_may_be_given_as_text():
         task.check(doc)
         assert task.score(doc, [-2, -1, -3, -4][:len(task.choices(doc))]) == {"acc": 1.0}
     assert TASKS["MK"].requests(mmlu, [mmlu])[0][0].count("Answer: B\n\n") == 1
+    for label in (False, True):                 # as SuperGLUE's own files have it
+        TASKS["boolq"].check(dict(boolq, label=label))
+        assert TASKS["boolq"].score(dict(boolq, label=label), [-2, -1]) == {"acc": float(label)}
 
 
 def test_a_choice_without_tokens_scores_nothing(lab):
@@ -1788,6 +2172,10 @@ def test_bad_gold_names_the_document(tmp_path, name, doc):
     ('{"context": "c", "choices": ["a", "b"], "gold": true}', "gold answer is True"),
     ('{"context": "c", "choices": ["a", 1], "gold": 0}', "not a document"),
     ('{"context": "c", "choices": ["a", "b"]}', "'gold'"), ("[1]", "not a JSON object"),
+    ("[" * 100_000, "line 1 is not"), ('{"a":' * 100_000, "line 1 is not"),
+    ('{"context": "c\\ud83d", "choices": ["a", "b"], "gold": 0}', "line 1: field 'context'.*half"),
+    ('{"context": "c", "choices": ["a", "\\ude00b"], "gold": 0}', "line 1: field 'choices'.*half"),
+    ('{"prompt": "\\ud83d", "answer": "5"}', "line 1: field 'prompt'.*half"),
     ("{", "not a JSON object"), ('{"prompt": "p", "answer": 5}', "not a text"),
     ('{"prompt": "p", "answer": "5", "stop": "x"}', "list of texts"),
     ('{"prompt": "p", "answer": "5", "max_tokens": 0}', "positive"), ("", "no documents")])
@@ -1817,6 +2205,55 @@ def test_parquet(tmp_path):
     path = str(tmp_path / "arc.parquet")
     datasets.Dataset.from_list([ARC_DOC] * 3).to_parquet(path)
     assert load_docs(TASKS["ArcE"], "test", path) == [ARC_DOC] * 3
+    for value in (datetime.datetime(2026, 1, 1), b"bytes"):     # replace.py's fingerprint crashed
+        datasets.Dataset.from_list([dict(ARC_DOC, more=value)] * 3).to_parquet(path)
+        with pytest.raises(UserError, match=f"row 1: field 'more'.*{type(value).__name__}"):
+            load_docs(TASKS["ArcE"], "test", path)
+
+
+def test_named_tasks_come_before_files(tmp_path, monkeypatch):
+    """A folder or a file called like a task hid it; other files need no ending."""
+    monkeypatch.chdir(tmp_path)
+    args = types.SimpleNamespace(docs=None, shot_docs=None, shots=None, allow_code_execution=False)
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("PM", "items"):
+        jsonl(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
+    assert evaluation.find_task("gsm8k", args) is TASKS["gsm8k"]
+    assert evaluation.find_task("PM", args) is TASKS["pubmedqa"]
+    assert evaluation.find_task("items", args) is evaluation.find_task("./PM", args) is CHOICE_FILE
+    with pytest.raises(UserError, match="no task './gsm8k'"):
+        evaluation.find_task("./gsm8k", args)
+
+
+@needs_shared
+def test_pubmedqas_official_split_is_made_again(monkeypatch):
+    """The Hub has the labelled rows unsplit: in their original order they give the official test
+    set, item by item; in another order that is said, with the flags that work."""
+    import datasets
+    data = SHARED / "data" / "pubmedqa"
+    search, test = ([json.loads(line) for line in open(data / f"{name}.jsonl", encoding="utf-8")]
+                    for name in ("validation", "test"))
+    rows, draw = [], random.Random(0)
+    for label in ("yes", "no", "maybe"):        # the authors' shuffles, undone
+        mine = [[doc for doc in docs if doc["final_decision"] == label] for docs in (search, test)]
+        places = list(range(len(sum(mine, []))))
+        draw.shuffle(places)
+        late = dict(zip(places[len(mine[0]):], mine[1]))
+        early = iter(mine[0])
+        rows += [late.get(i) or next(early) for i in range(len(places))]
+    rows = [{"pubid": int(doc["pubmed_id"]), "question": doc["QUESTION"], "long_answer": "",
+             "context": {"contexts": doc["CONTEXTS"]}, "final_decision": doc["final_decision"]}
+            for doc in rows]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda *args, split: asked.append((*args, split)) or rows)
+    ours, reported, _ = split_docs(TASKS["pubmedqa"])
+    of = lambda docs: [TASKS["pubmedqa"].requests(doc) for doc in docs]
+    assert asked == [("qiaojin/PubMedQA", "pqa_labeled", "train")] * 2
+    assert of(reported) == of(test) and sorted(of(ours)) == sorted(of(search))
+    rows.reverse()
+    with pytest.raises(UserError, match="official test set.*`--task pubmedqa --docs FILE`"):
+        load_docs(TASKS["pubmedqa"], "test")
 
 
 @pytest.fixture
@@ -1898,7 +2335,7 @@ def test_no_hub(monkeypatch):
         load_docs(TASKS["PM"], "test")
     told = str(caught.value)
     assert "\n" not in told
-    for word in ("bigbio/pubmed_qa", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
+    for word in ("qiaojin/PubMedQA", "--docs", "CONTEXTS, QUESTION, final_decision", "log"):
         assert word in told
 
 
@@ -2232,6 +2669,31 @@ def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, monkeypatch, capsy
     assert result["cost"]["evaluations"] == 2
 
 
+def test_a_bf16_base_gives_a_bf16_hybrid_with_a_model_card(lab, runs, tmp_path, monkeypatch, capsys):
+    """A CPU holds bf16 models in fp32, but what it saves is no wider than the base; scores are of
+    the rounded weights, so eval.py gives the same. It says nothing of model types, and asks for
+    no leave to run code."""
+    model, tokenizer = load_lab_model(lab)
+    model.bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = replace_command(lab, runs["jet"], tmp_path / "out", model=tmp_path / "base", layers="1-2")
+    code, result, err = call(words, monkeypatch, capsys)
+    assert code == 0, err
+    warned = []
+    monkeypatch.setattr(transformers.configuration_utils.logger, "warning", warned.append)
+    opt = tmp_path / "out" / "opt"
+    assert {t.dtype for t in load_file(opt / "model.safetensors").values()} == {torch.bfloat16}
+    code, scores, err = call(command("eval.py", model=opt, task=lab / "test.jsonl"), monkeypatch,
+                             capsys)
+    assert scores["results"][0]["value"] == result["opt"]["test"] and not warned
+    card = (opt / "README.md").read_text()
+    for text in (f"Layers [1, 2] of `{tmp_path / 'base'}`", "(n = 24)", "(n = 16)", "2601.11667",
+                 f"| {result['opt']['test']:.4f} +- ", f"{result['test_base']:.4f} +- ",
+                 "python distill.py --model", " ".join(map(str, words)), "trust_remote_code=True",
+                 transformers.__version__, "corpus.jsonl (4,096 tokens)", "continuous batching"):
+        assert text in card, text
+
+
 def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
     """Files may not grow past a limit: one sentence, exit code 1, and the run goes on later."""
     limited = lambda size: dict(preexec_fn=lambda: importlib.import_module("resource").setrlimit(
@@ -2277,6 +2739,53 @@ OWN_LINEAR = {      # families with linear layers of their own, beside or within
 }
 
 
+TABLES = {      # families that have no positions past a limit, or others there
+    "gpt2": lambda n: transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=n, eos_token_id=None),
+    "opt": lambda n: transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=n),
+    "gpt_neo": lambda n: transformers.GPTNeoConfig(         # the keys have a table of their own
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=n, eos_token_id=None),
+    "gptj": lambda n: transformers.GPTJConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n,
+        eos_token_id=None),
+    "codegen": lambda n: transformers.CodeGenConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=n,
+        eos_token_id=None),
+    "gpt_bigcode": lambda n: transformers.GPTBigCodeConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=n, eos_token_id=None),
+    "mpt": lambda n: transformers.MptConfig(
+        vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=n),
+    "longrope": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": n // 2,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}),
+    "dynamic": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_padding_reaches_no_further_than_the_positions(family):
+    """Requests up to the model's limit, of very different length: in batches as one by one. Past a
+    table of positions is an IndexError; past longrope's border every position's factors change."""
+    limit, rng = 50, random.Random(0)
+    model, tokenizer = random_model(TABLES[family](limit), scale=2.0), evaluation.demo_tokenizer()
+    text = lambda n: evaluation.demo_text(rng.randrange(2, 64) for _ in range(n))
+    sizes = ((limit - 1, 2), (3, limit - 4), (limit - 9, 9), (20, 7), (5, 3), (25, 25))
+    docs = [{"context": text(n), "choices": [text(m), text(m - 1), text(1)], "gold": 0}
+            for n, m in sizes]
+    prompts = [{"prompt": text(n - 1), "answer": "", "max_tokens": m} for n, m in sizes]
+    texts = []
+    for size in (1, 3, 32):
+        assert_as_one_by_one(model, evaluation.Prepared(CHOICE_FILE, docs, model, tokenizer, size),
+                             size)
+        split = evaluation.Prepared(GENERATE_FILE, prompts, model, tokenizer, size)
+        texts.append(evaluation.evaluate(model, split).outputs)
+    assert texts[0] == texts[1] == texts[2]
+
+
 def search_split(model, kind, batch_size):
     """Items whose contexts and choices differ in length."""
     rng = random.Random(1)
@@ -2309,9 +2818,9 @@ def assert_as_one_by_one(model, split, batch_size):
         assert set(found) == {i for group in batch for i in group.members}
         for i, request in ((i, split.requests[i]) for i in found):
             ids = torch.tensor([request.tokens])
-            log_probs = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
+            logits = model(ids[:, :-1], use_cache=False).logits[0]  # the last is scored, not read
             places = torch.arange(len(request.tokens))[-request.scored:]
-            wanted = log_probs[places - 1, ids[0, places]].sum().item()
+            wanted = logits.double().log_softmax(-1)[places - 1, ids[0, places]].sum().item()
             assert found[i] == pytest.approx(wanted, abs=1e-4)
 
 
@@ -2823,7 +3332,22 @@ def bad_files(path):
     transformers.BertForMaskedLM(transformers.BertConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32)).save_pretrained(path / "bert")
-    evaluation.demo_tokenizer().save_pretrained(path / "bert")
+    random_model(transformers.Gemma3nTextConfig(
+        **{**SMALL, "num_hidden_layers": 4}, head_dim=8, vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.0] * 4, layer_types=["full_attention"] * 4)).save_pretrained(
+            path / "sharing")
+    llama = random_model(transformers.LlamaConfig(**SMALL))
+    for name, entry in (("quantised", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+                        ("flash", {"attn_implementation": "flash_attention_2"}),
+                        ("flex", {"attn_implementation": "flex_attention"})):
+        llama.save_pretrained(path / name)
+        config = json.loads((path / name / "config.json").read_text())
+        (path / name / "config.json").write_text(json.dumps({**config, **entry}))
+    for name in ("bert", "sharing", "quantised", "flash", "flex"):
+        evaluation.demo_tokenizer().save_pretrained(path / name)
+    (path / "gguf").mkdir()
+    (path / "gguf" / "model.gguf").write_bytes(b"GGUF")
 
 
 BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the sentence says)
@@ -2832,6 +3356,12 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the 
     "not a causal LM": ("distill", dict(model="{tmp}/bert"), "causal language model"),
     "hybrid to distill": ("distill", dict(model="{run}-search/opt"), "already a hybrid"),
     "hybrid to search": ("replace", dict(model="{run}-search/opt"), "already a hybrid"),
+    "quantised": ("distill", dict(model="{tmp}/quantised"), "give the model in bf16"),
+    "quantised, to score": ("eval", dict(model="{tmp}/quantised"), "load it unquantised"),
+    "GGUF": ("distill", dict(model="{tmp}/gguf"), "gguf_file="),
+    "no such attention": ("eval", dict(model="{tmp}/flash"), "config.json"),
+    "a mask that is not read": ("distill", dict(model="{tmp}/flex"), "sdpa"),
+    "layers share keys": ("distill", dict(model="{tmp}/sharing"), "cannot be replaced one by one"),
     "remote code": ("distill", dict(model="{tmp}/remote"), "--trust-remote-code"),
     "blocks of another model": ("replace", dict(model="{tmp}/other"), "another model"),
     "no blocks": ("replace", dict(blocks="{tmp}"), "distill.json"),
