@@ -1092,6 +1092,13 @@ def test_a_hybrid_that_does_not_fit_is_refused_where_the_project_is_unknown(save
     assert "(unexpected odd, 1 in all)" in says["unexpected"]
 
 
+def test_an_old_transformers_is_named(tmp_path):
+    """The saved code says which versions load it, where old ones lack what it imports."""
+    run = subprocess.run([sys.executable, "-c", "import transformers; transformers.__version__ = "
+                          "'5.12.0'; import linear_attn"], cwd=ROOT, capture_output=True, text=True)
+    assert "5.15.1 to" in run.stderr.splitlines()[-1] and "5.12.0" in run.stderr.splitlines()[-1]
+
+
 def test_a_damaged_hybrid_is_refused(lab, tmp_path, monkeypatch, capsys):
     """load_hybrid and eval.py name what a checkpoint lacks; a base that lacks a tensor is refused
     as well. A config of one mixer for all layers, as older hybrids have, still loads."""
