@@ -1271,7 +1271,7 @@ def _config(q, V, delta):
         # fp16 the operands are tf32 and need twice the registers, but products 8 columns wide per
         # warp group (m64n8k8, suspected to fault) must not come up, so narrow keys stay with 4.
         few = q.dtype == torch.bfloat16 or KP == 16
-        gradients = (32, 64, 4 if max(KP, VP) > 32 else 8) if delta else (32, 32, 4 if few else 8)
+        gradients = (32, 64, 8 if V % 64 else 4) if delta else (32, 32, 4 if few else 8)
     else:
         # mma.sync keeps its operands in registers, so tiles are smaller, and K = 256 has none left
         # for a second stage; everything fits the 99 KB of consumer cards too
@@ -1727,18 +1727,18 @@ def cost(op, B, T, H, K, V, backward=False):
     """(bytes, FLOPs) of a call in bf16 with fp32 gates. Bytes: inputs read and outputs written
     once, the least there can be. FLOPs: the matrix products that the kernels do, with C = 64:
         delta, forwards   chunk 4CK + 20CC (the inverse)      scan 6KV + 4CV          per token
-        GLA, forwards     chunk 12CK (6 levels)               scan 4KV + 2CV
+        GLA, forwards     chunk 6CK (3 levels)                scan 4KV + 2CV
         delta, backwards  scan 6KV + 4CV                      gradients 6KV + 4CV + 10CK
-        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 26CK"""
+        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 20CK"""
     delta, C, tokens = op == "gated_delta_rule", 64, B * T * H
     gates = 8 if delta else 4 * K
     memory, flops = 2 * (2 * K + 2 * V) + gates, (
         4 * C * K + 20 * C * C + 6 * K * V + 4 * C * V if delta else
-        12 * C * K + 4 * K * V + 2 * C * V)
+        6 * C * K + 4 * K * V + 2 * C * V)
     if backward:
         memory += 2 * (4 * K + 3 * V) + 2 * gates
         flops += (12 * K * V + 8 * C * V + 10 * C * K if delta else
-                  8 * K * V + 2 * C * V * (1 + K / 32) + 26 * C * K)
+                  8 * K * V + 2 * C * V * (1 + K / 32) + 20 * C * K)
     return tokens * memory, tokens * flops
 
 

@@ -33,13 +33,15 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-KNOWN_TRANSFORMERS = "5.15.1 to 5.24.0"     # the versions that hybrids are known to load with
-if [int(part) for part in transformers.__version__.split(".")[:2]] < [5, 15]:
-    raise ImportError(f"hybrids are known to load with transformers {KNOWN_TRANSFORMERS}, and this "
-                      f"is {transformers.__version__}: pip install -U transformers")
+KNOWN = "5.5.4 to 5.24.0"      # the versions of transformers that were tried
 
-from transformers.cache_utils import (
-    Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
+try:
+    from transformers.cache_utils import (
+        Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin,
+        StaticLayer)
+except ImportError as error:
+    raise ImportError(f"linear attention needs a cache that holds states: transformers {KNOWN} "
+                      f"are known to work, this is {transformers.__version__}.") from error
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -243,16 +245,17 @@ class Rows(NamedTuple):
     gap: torch.Tensor | None        # [B, R] bool; None where no row holds several documents
 
     @classmethod
-    def of(cls, attention_mask, length):
-        """From a mask as `padding_mask` takes it. Documents show in its second form, as a token
-        that may not attend to the real one before it."""
+    def of(cls, attention_mask, length, begins):
+        """From a mask as `padding_mask` takes it. If the call begins its texts, its rows may hold
+        several: in the mask's second form they show as a token that may not attend to the real one
+        before it."""
         real = padding_mask(attention_mask, length)
         if length == 1:
             only = torch.zeros_like(real, dtype=torch.long)
             return cls(only, only, real, None)
         order = real.logical_not().byte().argsort(dim=1, stable=True)
         real, rows = real.gather(1, order), cls(order, order.argsort(1), real.gather(1, order), None)
-        if attention_mask.dim() == 2:
+        if attention_mask.dim() == 2 or not begins:
             return rows
         queries, keys = attention_mask.shape[-2:]
         before = order[:, 1:] * keys + order[:, :-1] + keys - queries               # [B, T-1]
@@ -345,6 +348,9 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length):
         return self.seen + query_length, 0
+
+    def get_max_cache_shape(self):      # asked for by transformers before 5.13
+        return -1
 
     def _each_tensor(self, function):
         self.recurrent = None if self.recurrent is None else function(self.recurrent)
@@ -528,18 +534,19 @@ class LinearAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
-    def rows(self, hidden_states, attention_mask, position_ids):
+    def rows(self, hidden_states, attention_mask, position_ids, begins):
         """How hidden_states [B, T, C] are laid out: a Rows, or None where each row is one document
         without padding. Packed documents show in the mask, but flash attention gets none: it knows
-        them, in a batch of one, by their positions."""
+        them, in a batch of one, by their positions. Both are looked at only where the call begins
+        its texts."""
         B, T, _ = hidden_states.shape
         if isinstance(attention_mask, torch.Tensor):
-            return Rows.of(attention_mask.expand(B, *attention_mask.shape[1:]), T)
+            return Rows.of(attention_mask.expand(B, *attention_mask.shape[1:]), T, begins)
         if attention_mask is not None:
             raise ValueError(f"a linear layer cannot read a mask of type "
                              f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
         flash = "flash" in str(self.config._attn_implementation)
-        if flash and B == 1 < T and position_ids is not None and position_ids.dim() == 2:
+        if flash and begins and B == 1 < T and position_ids is not None and position_ids.dim() == 2:
             return Rows.of_positions(position_ids)
         return None
 
@@ -547,7 +554,8 @@ class LinearAttention(nn.Module):
         """The input of o_proj, [B, T, H * D]: the module's output is linear in o_proj, so these
         are the features of the closed-form start (distill.py)."""
         past = cache_layer(cache, self.layer_idx)
-        rows = self.rows(hidden_states, attention_mask, position_ids)
+        begins = past is None or past.seen == 0
+        rows = self.rows(hidden_states, attention_mask, position_ids, begins)
         o, recurrent, conv = self.mix(
             hidden_states if rows is None else rows.gather(hidden_states), rows,
             past and past.recurrent, past and past.conv)
@@ -560,9 +568,9 @@ class LinearAttention(nn.Module):
         caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
         for name, value in kwargs.items():
             if isinstance(value, Cache):
-                raise ValueError(f"a linear layer was given a cache under the name {name!r}, which "
-                                 f"transformers {transformers.__version__} may have brought: use "
-                                 "a version that README names.")
+                raise ValueError(f"a linear layer got a cache under the unknown name {name!r}: "
+                                 f"transformers {KNOWN} are known to work, this is "
+                                 f"{transformers.__version__}.")
         cache = caches[0] if caches else None
         return self.o_proj(self.head_outputs(hidden_states, attention_mask, cache, position_ids)), None
 
