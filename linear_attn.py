@@ -50,7 +50,6 @@ try:  # inside a saved checkpoint, kernels.py is a sibling in a package; here, a
 except ImportError:
     from kernels import causal_conv, gated_delta_rule, gated_linear_attention, gated_rms_norm
 
-KNOWN_TRANSFORMERS = "5.15.1 to 5.24.0"     # the versions that hybrids are known to load with
 CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
 NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck

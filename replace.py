@@ -42,7 +42,7 @@ from eval import (
     log, make_demo, make_output_dir, pad, parse_layers, positive, prepare, progress, rank,
     run_script, slices, split_docs, versions, world_size, write_atomic, write_json)
 from kernels import measured_limits
-from linear_attn import KNOWN_TRANSFORMERS, check_savable, replaced, save_hybrid
+from linear_attn import KNOWN, check_savable, replaced, save_hybrid
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
 SLACK = 1e-9        # scores are fractions of counts: equal counts must compare as equal
@@ -446,7 +446,7 @@ def model_card(result, name, scorer):
         name=Path(result["model"]).name, total=len(attention_modules(scorer.model)),
         data="; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs)),
         splits=" | ".join(scorer.splits), rule="---|" * len(scorer.splits),
-        rows=row("base", ()) + "\n" + row("this model", layers), known=KNOWN_TRANSFORMERS,
+        rows=row("base", ()) + "\n" + row("this model", layers), known=KNOWN,
         made=transformers.__version__,
         commands="\n".join([*(run.get("command", "(not recorded)") for run in runs), command_line()]))
 
