@@ -3218,6 +3218,105 @@ def test_one_run_at_a_time(lab, runs, tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
+# Another device: what would fail or wait on a GPU, seen without one
+
+OTHER_DEVICE = """
+import os, runpy, sys, torch, transformers, torch._dynamo
+from torch.utils import backend_registration as registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten, waits = torch.ops.aten, 0
+INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
+
+class Far(torch.Tensor):            # a CPU tensor that says it is elsewhere
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, near):
+        far = torch.Tensor._make_wrapper_subclass(
+            cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(),
+            dtype=near.dtype, device=torch.device("far", 0))
+        far.near = near.detach()
+        return far
+
+    def untyped_storage(self):
+        return self.near.untyped_storage()
+
+    def data_ptr(self):
+        return self.near.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+def run(func, args, kwargs):
+    global waits
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    far, near = ([x for x in tensors if isinstance(x, Far) == is_far] for is_far in (True, False))
+    device = kwargs.get("device")
+    result_far = bool(far) if device is None else torch.device(device).type == "far"
+    if func is aten._fused_sdp_choice.default:
+        return 0
+    if func is aten.copy_.default:
+        result_far = isinstance(args[0], Far)
+    elif far and near and device is None and func not in INDEXING and not (
+            torch.Tag.pointwise in func.tags and all(x.dim() == 0 for x in near)):
+        raise RuntimeError(f"{func}: tensors on two devices")
+    masks = func in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+    waits += bool(far) and (not result_far or masks or func in (
+        aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default))
+    if device is not None:
+        kwargs = {**kwargs, "device": "cpu"}
+    args, kwargs = tree_map(lambda x: x.near if isinstance(x, Far) else x, (args, kwargs))
+    out = func(*args, **kwargs)
+    same = {id(x.near): x for x in far}         # in-place operations return their operand
+    return tree_map(lambda x: same[id(x)] if id(x) in same else Far(x)
+                    if result_far and isinstance(x, torch.Tensor) else x, out)
+
+class Everywhere(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+class Backend(registration._DummyBackendModule):
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+registration._setup_privateuseone_for_python_backend("far", backend_module=Backend())
+torch._C._set_only_lift_cpu_tensors(True)
+torch.__future__.set_overwrite_module_params_on_conversion(True)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+with Everywhere():
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        print("waits:", waits, file=sys.stderr)
+"""
+
+
+def on_another_device(words):
+    """Run a script on a device whose tensors refuse to mix with the CPU's -> how often the host
+    waited for a value from it."""
+    process = subprocess.run(
+        [sys.executable, "-c", OTHER_DEVICE, ROOT / words[0], *map(str, words[1:]), "--device",
+         "far", "--dtype", "float32"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr[-3000:]
+    return int(re.search(r"waits: (\d+)", process.stderr)[1])
+
+
+def test_distillation_on_another_device(lab, tmp_path):
+    """A number made on the CPU among the device's would end it; a step that asks for its losses
+    would wait for the device."""
+    waits = [on_another_device(distill_command(lab, tmp_path / str(steps), layers=0,
+                                               tokens=128 * steps)) for steps in (2, 3)]
+    saved = 3 * len(load_file(distill.layer_file(tmp_path / "3", 0)))       # with Adam's moments
+    # a step waits once in transformers; one that is saved, for losses, weights and each tensor
+    assert waits[1] - waits[0] == 1 + 2 + saved
+
+
+# ------------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit code 2, before any work
 
 def bad_files(path):
