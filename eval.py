@@ -313,7 +313,8 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     """(model, tokenizer): the model in eval mode, without gradients, on `device`.
 
     A hybrid saved by replace.py is loaded with the classes of linear_attn.py; with `base_only`
-    it is refused, and so is a model that cannot be converted. Raises UserError for whatever is not a causal language model with a tokenizer.
+    it is refused, and so is a model that cannot be converted. Raises UserError for whatever is
+    not a causal language model with a tokenizer, and for a checkpoint that lacks tensors.
     """
     config = read_config(name, trust_remote_code)
     if base_only and is_hybrid(config):
