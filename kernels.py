@@ -1245,6 +1245,7 @@ def _padded(dim):
     return max(16, 1 << (dim - 1).bit_length())
 
 
+@functools.cache
 def _capability(device):
     """8 is Ampere, 9 is Hopper, 0 a CPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
