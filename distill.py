@@ -698,6 +698,7 @@ def distill(model, corpus, args, out, layers):
     if args.init == "inherit":      # Adam's steps are coarse for o_proj: solved again, it is at its
         # best for what the features have become, so a short run, too, ends better than it began
         solve_o_proj(model, mixers, for_a_solve(stream, mixers, args), share_batch)
+        check_weights(kept, steps)
     end = merged(held_out_error(model, mixers, corpus.held_out, args.batch_size, share_batch))
     journal.write(event="held-out", step=steps, errors=end)
     tokens = steps * args.batch_size * args.seq_len
