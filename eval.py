@@ -289,8 +289,9 @@ def read_config(name, trust_remote_code=False):
     """The raw config of a model (a dict), from a directory or the Hub. Raises UserError."""
     here, there = Path(name).exists(), (Path(name) / "config.json").is_file()
     if not there and (name.lower().endswith("gguf") or list(Path(name).glob("*.gguf"))):
-        raise UserError(f"{name} is GGUF: convert it first, with AutoModelForCausalLM and AutoTokenizer"
-                        ".from_pretrained(FOLDER, gguf_file=FILE) and their save_pretrained(OUT).")
+        raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
+                        "gguf_file=FILE) and save_pretrained(OUT) of AutoModelForCausalLM and of "
+                        "AutoTokenizer.")
     if here and not there:
         raise UserError(f"{name} holds no config.json, so it is not a model directory.")
     try:
@@ -313,15 +314,17 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     """(model, tokenizer): the model in eval mode, without gradients, on `device`.
 
     A hybrid saved by replace.py is loaded with the classes of linear_attn.py; with `base_only`
-    it is refused, and so is a model that cannot be converted. Raises UserError for whatever is not a causal language model with a tokenizer.
+    it is refused, and so is a model that cannot be converted. Raises UserError for whatever is
+    not a causal language model with a tokenizer, and for a checkpoint that lacks tensors.
     """
     config = read_config(name, trust_remote_code)
     if base_only and is_hybrid(config):
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     quantised = config.get("quantization_config") is not None
     if base_only and quantised:
-        raise UserError(f"{name} is quantised, and such layers are neither distilled nor replaced: "
-                        "give the model in bf16, or one that dequantize() and save_pretrained made.")
+        raise UserError(f"{name} is quantised, and such layers are neither distilled nor "
+                        "replaced: give the model in bf16, or what its dequantize() and then "
+                        "save_pretrained() make.")
     kwargs = {"device_map": "auto"} if device == "auto" else {}
     device = find_device(device)
     if dtype == "auto":

@@ -144,8 +144,10 @@ def _projection(linear):
 # Where q, k and v share one projection: its name, and whether its rows go [q ... q k v] for each
 # key/value head in turn, or all of q, all of k, all of v.
 FUSED = {"GPT2Attention": ("c_attn", False), "Phi3Attention": ("qkv_proj", False),
-         "GPTNeoXAttention": ("query_key_value", True), "FalconAttention": ("query_key_value", True),
-         "GPTBigCodeAttention": ("c_attn", True), "PersimmonAttention": ("query_key_value", True)}
+         "GPTNeoXAttention": ("query_key_value", True),
+         "FalconAttention": ("query_key_value", True),
+         "PersimmonAttention": ("query_key_value", True),
+         "GPTBigCodeAttention": ("c_attn", True)}
 
 
 def _unfused(attn, num_heads, head_dim):
@@ -735,14 +737,14 @@ class HybridMixin:
         draw what is missing at random, and go on."""
         shards = kwargs.get("distributed_config")
         if any(kwargs.get(name) or getattr(shards, name, None) for name in ("tp_plan", "tp_size")):
-            raise UserError("a hybrid does not run tensor-parallel, since its linear layers have no "
-                            "plan for that; load it on one device, or with device_map='auto'.")
+            raise UserError("a hybrid does not run tensor-parallel, since its linear layers have "
+                            "no plan for that; load it on one device, or with device_map='auto'.")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [f"{kind} {min(keys)}, {len(keys)} in all" for kind in ("missing", "unexpected")
                  if (keys := info[f"{kind}_keys"])]
         if wrong:
-            raise UserError(f"this checkpoint is damaged or not of this model ({'; '.join(wrong)}): "
-                            "save the hybrid again, or download it again.")
+            raise UserError(f"this checkpoint is damaged or not of this model ({'; '.join(wrong)})"
+                            ": save the hybrid again, or download it again.")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):

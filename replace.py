@@ -396,8 +396,8 @@ tags: [distill-then-replace, linear-attention]
 # {name}: {replaced} of {total} attention layers linear, for {task}
 
 Layers {layers} of `{model}` are linear attention ({attn}) in place of softmax attention; all else
-is the base model's. Made by Distill-then-Replace: each linear layer was distilled alone to give what
-the attention layer gives, on {data}; which layers are linear was decided on the validation split of
+is the base model's. Made by Distill-then-Replace: each linear layer was distilled alone to give
+what the attention layer gives, on {data}; which layers are linear was decided on the validation split of
 `{task}`, by replace.py below. It is meant for that task; on others it is not tested.
 
 | {metric} +- standard error | {splits} |
@@ -448,7 +448,7 @@ def model_card(result, name, scorer):
         splits=" | ".join(scorer.splits), rule="---|" * len(scorer.splits),
         rows=row("base", ()) + "\n" + row("this model", layers), known=KNOWN,
         made=transformers.__version__,
-        commands="\n".join([*(run.get("command", "(not recorded)") for run in runs), command_line()]))
+        commands="\n".join([run.get("command", "(not recorded)") for run in runs] + [command_line()]))
 
 
 def plot_search(result, path):
@@ -738,7 +738,8 @@ def run_search(args, model, tokenizer):
     task = find_task(args.task, args)
     metric, num_layers = check_metric(task, args.metric), len(attention_modules(model))
     given = parse_layers(args.layers, num_layers) if args.layers else None
-    mixers, dtype = load_blocks(args.blocks, model, given), dtype_to_save(args.model, model, args.dtype)
+    mixers = load_blocks(args.blocks, model, given)
+    dtype = dtype_to_save(args.model, model, args.dtype)
     for mixer in mixers.values():
         mixer.to(dtype).to(model.dtype)         # what is scored is what will be saved
     splits = {name: prepare(task, docs, model, tokenizer, args, searched=name == "validation")

@@ -953,7 +953,8 @@ def test_bytes_of_a_linear_layers_memory(attn, channels):
 # linear_attn.py: a hybrid is an ordinary checkpoint
 
 EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
-               moe_intermediate_size=16, shared_expert_intermediate_size=16, n_group=1, topk_group=1)
+               moe_intermediate_size=16, shared_expert_intermediate_size=16, n_group=1,
+               topk_group=1)
 SAVED = FAMILIES | {f"falcon_{layout}": make for layout, make in FALCONS.items()} | {
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, **EXPERTS),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SMALL, **EXPERTS),
@@ -2668,14 +2669,15 @@ def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, monkeypatch, capsy
     assert result["cost"]["evaluations"] == 2
 
 
-def test_a_bf16_base_gives_a_bf16_hybrid_with_a_model_card(lab, runs, tmp_path, monkeypatch, capsys):
+def test_a_bf16_base_gives_a_bf16_hybrid_with_a_card(lab, runs, tmp_path, monkeypatch, capsys):
     """A CPU holds bf16 models in fp32, but what it saves is no wider than the base; scores are of
     the rounded weights, so eval.py gives the same. It says nothing of model types, and asks for
     no leave to run code."""
     model, tokenizer = load_lab_model(lab)
     model.bfloat16().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    words = replace_command(lab, runs["jet"], tmp_path / "out", model=tmp_path / "base", layers="1-2")
+    words = replace_command(lab, runs["jet"], tmp_path / "out", model=tmp_path / "base",
+                            layers="1-2")
     code, result, err = call(words, monkeypatch, capsys)
     assert code == 0, err
     warned = []
