@@ -3,7 +3,7 @@
 For every op the definition stands first, a loop over time (`*_recurrent`, also used for decoding);
 below it the chunkwise form, which gives the same numbers with matrix products. The math of gated
 linear attention is arXiv:2312.06635, of the gated delta rule arXiv:2412.06464, of JetBlock's
-per-token convolution arXiv:2508.15884; the gradients are written by hand.
+per-token convolution arXiv:2508.15884.
 
 Glossary, the same letters everywhere:
     B batch, T time, H heads, K key dim, V value dim, C chunk length, N number of chunks, W taps
@@ -287,126 +287,25 @@ def gated_linear_attention_recurrent(q, k, v, g, initial_state=None):
     return torch.cat(outputs, 2).transpose(1, 2).to(out_dtype), S           # [B,T,H,V]
 
 
-class _GLA(torch.autograd.Function):
-    """Chunkwise form. P_ts = sum_d q_td k_sd exp(G_td - G_sd) for s <= t, else 0:
+def _gla_chunks(q, k, v, g, state):
+    """The chunkwise form, for automatic differentiation. In a chunk of C = 16 rows, with M the G of
+    its middle row:
+        P_ts = sum_d q_td exp(G_td - M_d) . k_sd exp(M_d - G_sd) for s <= t, else 0
         O = (exp(G) . Q) S0 + P V,    S1 = exp(G_C) . S0 + (exp(G_C - G) . K)^T V
-    The decay in P differs by channel, so it has to be split into a factor for q and one for k.
-    Inside blocks of 16 rows the split is at a middle row and in fp64, whose range holds 8 rows of
-    the strongest decay that matters. Blocks are then joined two by two, up to C rows: the queries
-    of a later block see the keys of the earlier one through the border, both factors <= 1."""
-
-    BLOCK, FLOOR = 16, -88.0    # exp(-88) is below fp32's normal range, exp(8 * 88) inside fp64's
-
-    @staticmethod
-    def chunks(tokens, C, dtype, q, k, v, g):
-        """Lays out a few chunks, and computes the factors that carry their decays."""
-        scale, c = q.shape[-1] ** -0.5, min(C, _GLA.BLOCK)
-        q, k, v = (_to_chunks(x, tokens, C, dtype) for x in (q, k, v))      # [n,B*H,C,K or V]
-        G = _to_chunks(g, tokens, C, torch.float64).clamp(min=_GLA.FLOOR)   # [n,B*H,C,K]
-        G = G.unflatten(2, (C // c, c)).cumsum(-2)                          # [n,B*H,C/c,c,K]
-        split = (G - G[..., (c - 1) // 2, None, :]).exp_()                  # [n,B*H,C/c,c,K]
-        # log decays from the block's start and to its end, while blocks grow
-        from_start, to_end, factors = G.to(dtype), (G[..., -1:, :] - G).to(dtype), []
-        while c < C:
-            from_start, to_end = (_pairs(x.view_as(k), c) for x in (from_start, to_end))
-            factors += [(from_start[..., 1, :, :].exp(), to_end[..., 0, :, :].exp())]
-            to_end[..., 0, :, :] += from_start[..., 1, -1:, :]
-            from_start[..., 1, :, :] += from_start[..., 0, -1:, :]
-            c *= 2
-        from_start, to_end = (x.exp().view_as(k) for x in (from_start, to_end))
-        return q * scale, k, v, split, factors, from_start, to_end
-
-    @staticmethod
-    def forward(ctx, q, k, v, g, state):
-        (B, T, H, K), V = q.shape, v.shape[-1]
-        C = ctx.C = _chunk_length(T, 16 if max(K, V) < 32 else 64)
-        S = state.new_empty(-(-T // C) + 1, B * H, K, V)                    # at the chunks' borders
-        S[0] = state.flatten(0, 1)
-        o, saved, N = torch.empty_like(v), [], 0
-        for tokens in _groups(T, C, B * H * max(K, V)):
-            qc, kc, vc, split, factors, from_start, to_end = _GLA.chunks(
-                tokens, C, S.dtype, q, k, v, g)
-            c, n = split.shape[-2], len(qc)
-            P = kc.new_zeros(n, B * H, C, C)
-            blocks = (qc.view_as(split) * split) @ (kc.view_as(split) / split).mT
-            _blocks(P, c).copy_(blocks.tril_())                             # [n,B*H,C/c,c,c]
-            for late, early in factors:
-                q_late = _pairs(qc, c)[..., 1, :, :] * late                 # [n,B*H,C/2c,c,K]
-                k_early = _pairs(kc, c)[..., 0, :, :] * early
-                _blocks(P, c, below=True).copy_(q_late @ k_early.mT)        # [n,B*H,C/2c,c,c]
-                c *= 2
-            torch.matmul((kc * to_end).mT, vc, out=S[N + 1:N + n + 1])
-            for i in range(N, N + n):
-                S[i + 1].addcmul_(from_start[i - N, :, -1, :, None], S[i])
-            _from_chunks(_add_product((qc * from_start) @ S[N:N + n], P, vc), o, tokens)
-            N += n
-            saved.append(P)
-        ctx.save_for_backward(q, k, v, g, S, *saved)
-        return o, S[-1].view(state.shape).clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @_full_precision
-    def backward(ctx, do, dstate):
-        q, k, v, g, S, *saved = ctx.saved_tensors
-        (B, T, H, K), V, C = q.shape, v.shape[-1], ctx.C
-        N, dS1 = len(S) - 1, dstate.flatten(0, 1)
-        grads = tuple(torch.empty_like(x) for x in (q, k, v, g))
-        later = torch.ones(C, C, dtype=S.dtype, device=S.device).triu_()    # [t,r] = 1 for r >= t
-        for tokens in reversed(_groups(T, C, B * H * max(K, V))):
-            P, doc = saved.pop(), _to_chunks(do, tokens, C, S.dtype)
-            qc, kc, vc, split, factors, from_start, to_end = _GLA.chunks(
-                tokens, C, S.dtype, q, k, v, g)
-            c, n, decay = split.shape[-2], len(qc), from_start[:, :, -1]
-            N -= n
-            # the state, backwards; dS of a chunk is the gradient of the state behind it
-            dS, S0 = torch.empty_like(S[:n + 1]), S[N:N + n]
-            dS[n] = dS1
-            torch.matmul((qc * from_start).mT, doc, out=dS[:n])
-            for i in reversed(range(n)):
-                dS[i].addcmul_(decay[i].unsqueeze(-1), dS[i + 1])
-            dS1, k_out = dS[0], kc * to_end
-            dv = _add_product(k_out @ dS[1:], P.mT, doc)                    # [n,B*H,C,V]
-            dP = doc @ vc.mT                                                # [n,B*H,C,C]
-            # inside blocks; the diagonal later, because it takes no part in dG
-            blocks = _blocks(dP, c).tril(-1).double()                       # [n,B*H,C/c,c,c]
-            dq = (blocks @ (kc.view_as(split) / split)).mul_(split).to(S.dtype).view_as(kc)
-            dk = (blocks.mT @ (qc.view_as(split) * split)).div_(split).to(S.dtype).view_as(kc)
-            for late, early in factors:
-                below = _blocks(dP, c, below=True).contiguous()             # [n,B*H,C/2c,c,c]
-                q_late = _pairs(qc, c)[..., 1, :, :] * late                 # [n,B*H,C/2c,c,K]
-                k_early = _pairs(kc, c)[..., 0, :, :] * early
-                _pairs(dq, c)[..., 1, :, :].addcmul_(late, below @ k_early)
-                _pairs(dk, c)[..., 0, :, :].addcmul_(early, below.mT @ q_late)
-                c *= 2
-            dq.addcmul_(from_start, doc @ S0.mT)
-            dk_out = vc @ dS[1:].mT                                         # [n,B*H,C,K]
-            dG = (qc * dq).addcmul_(kc, dk, value=-1)                       # [n,B*H,C,K]
-            dG[:, :, -1].addcmul_(decay, (S0 * dS[1:]).sum(-1))
-            # the way from row s to the chunk's end goes straight to the g after s
-            dg = _add_product(later @ dG, (1 - later).expand_as(P), k_out.mul_(dk_out))
-            diagonal = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)          # [n,B*H,C,1]
-            dq.addcmul_(diagonal, kc).mul_(K ** -0.5)
-            dk.addcmul_(to_end, dk_out).addcmul_(diagonal, qc)
-            for x, out in zip((dq, dk, dv, dg), grads):
-                _from_chunks(x, out, tokens)
-        return *grads, dS1.view(dstate.shape)
-
-
-def _pairs(x, c):
-    """View rows as pairs of an earlier and a later block: [n,B*H,C,K] -> [n,B*H,C/2c,2,c,K]."""
-    return x.unflatten(2, (x.shape[2] // (2 * c), 2, c))
-
-
-def _blocks(P, c, below=False):
-    """The c x c blocks on the diagonal of P [n,B*H,C,C], as a view [n,B*H,C/c,c,c]; with `below`
-    those beneath it that join blocks two by two, [n,B*H,C/2c,c,c]."""
-    n, BH, C, _ = P.shape
-    if below:
-        P = P.view(n, BH, C // (2 * c), 2, c, C // (2 * c), 2, c)[:, :, :, 1, :, :, 0]
-    else:
-        P = P.view(n, BH, C // c, c, C // c, c)
-    return P.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
+    The decay in P differs by channel, so it has to be split into a factor for q and one for k. At
+    most 8 rows of -5 lie between the middle and any row: no factor exceeds exp(40)."""
+    (B, T, H, K), V, scale, C = q.shape, v.shape[-1], q.shape[-1] ** -0.5, 16
+    q, k, v, g = (_to_chunks(x, slice(None), C, state.dtype) for x in (q, k, v, g))
+    q, G = q * scale, g.clamp(min=-5).cumsum(-2)                            # [N,B*H,C,K]
+    middle, end = G[..., 7:8, :], G[..., -1:, :]                            # [N,B*H,1,K]
+    pairs = (q * (G - middle).exp()) @ (k * (middle - G).exp()).mT          # [N,B*H,C,C]
+    update = (k * (end - G).exp()).mT @ v                                   # [N,B*H,K,V]
+    decay, S = end.exp().mT, [state.flatten(0, 1)]                          # [N,B*H,K,1]
+    for decay_n, update_n in zip(decay.unbind(), update.unbind()):
+        S.append(torch.addcmul(update_n, decay_n, S[-1]))                   # [B*H,K,V]
+    o = pairs.tril() @ v + (q * G.exp()) @ torch.stack(S[:-1])              # [N,B*H,C,V]
+    o = o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).reshape(B, -1, H, V)  # [B,N*C,H,V]
+    return o[:, :T], S[-1].view(B, H, K, V)
 
 
 @torch.compiler.disable
@@ -432,7 +331,8 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
         return recurrent_step(q, k, v, g, None, initial_state, backend=backend)
     if use_triton:
         return _run_kernels(q, k, v, g, None, initial_state)
-    return _GLA.apply(q, k, v, g, _start_state(q, v, initial_state))
+    o, state = _gla_chunks(q, k, v, g, _start_state(q, v, initial_state))
+    return o.to(v.dtype), state
 
 
 # -----------------------------------------------------------------------------
@@ -945,7 +845,8 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
 @_jit
 def _gla_gradients(q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
-    """Gradients of a chunk's q, k and g, as _GLA.backward has them, for BK channels."""
+    """Gradients of a chunk's q, k and g for BK channels. dq and dk come from three levels of pairs
+    of rows, as P does, and from the state. dG = q . dq - k . dk sums to dg from each row on."""
     blocks, rows, stride = tl.cdiv(K, BK), _halves_first(C), H * K
     chunk, left, token = _chunk(tl.program_id(0) // blocks, T, H, C)
     keys = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
