@@ -1622,7 +1622,6 @@ import builtins, contextlib, json, os, shutil, signal, subprocess, sys
 program, verdict, output = json.load(sys.stdin), os.dup(1), os.memfd_create("output")
 os.dup2(output, 1), os.dup2(output, 2), os.close(0)
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a program that prints too much
-write, leave = os.write, os._exit
 with contextlib.suppress(ImportError):
     [__import__(name) for name in ("multiprocessing", "numpy", "pandas") if name in program]
 gone = {builtins: "exit quit help", shutil: "rmtree move chown", subprocess: "Popen",
@@ -1637,8 +1636,8 @@ try:
     said = "passed"
 except BaseException as error:
     said = f"{type(error).__name__}: {error}"
-write(verdict, said.encode(errors="replace")[:300])
-leave(0)
+os.write(verdict, said.encode(errors="replace")[:300])
+os._exit(0)
 """
 
 
@@ -1653,11 +1652,11 @@ def run_program(program, seconds=3.0, kind=None):
           tempfile.TemporaryFile() as verdict):
         os.chown(home, uid if root else -1, -1)
         if kind == NAMESPACES:  # the first shell is the first process: all others end with it
-            apart = "unshare --mount --net --ipc --pid --fork --kill-child" + (
-                "" if root else " --user --map-root-user")
-            command = shlex.join([*apart.split(), "sh", "-c", f"{walls(home)}{command}; exit $?"])
-        environment = {"HOME": home, "TMPDIR": home, "PATH": os.environ.get("PATH", os.defpath),
-                       "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+            apart = "unshare --mount --net --ipc --pid --fork --kill-child sh -c".split()
+            apart[1:1] = [] if root else ["--map-root-user"]
+            command = shlex.join([*apart, f"{walls(os.path.realpath(home))}{command}; exit $?"])
+        environment = {"HOME": home, "TMPDIR": home, "PATH": os.defpath, "LANG": "C.UTF-8",
+                       "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         start = time.monotonic()
         try:
             code = subprocess.run(["sh", "-c", f"exec {command}"], cwd=home, env=environment,
@@ -1680,8 +1679,7 @@ def walls(home):
     hidden = {os.path.realpath(path) for path in hidden if os.path.isdir(path)} - {"/"}
     python = {real(p) for p in (sys.prefix, sys.base_prefix) for real in (str, os.path.realpath)}
     python, hidden, home = (shlex.join(sorted(paths)) for paths in (python, hidden, [home]))
-    return f"""set -e; umask 022
-echo 1000 >/proc/self/oom_score_adj  # where memory runs out, programs go first
+    return f"""set -e; umask 022; echo 1000 >/proc/self/oom_score_adj  # ends first without memory
 while read -r _ _ _ _ path options _; do
     case "$options $path/" in ro* | *\\ /proc/* | *\\ /sys/*) continue; esac
     path=$(printf %b "$path")  # a blank in it reads \\\\040
@@ -1691,7 +1689,7 @@ mount -t tmpfs none /sys
 for path in {python} {hidden} {home}; do mkdir -p "/sys$path"; done
 for path in {python}; do mount --rbind "$path" "/sys$path"; done
 for path in {hidden}; do mount --rbind "/sys$path" "$path"; done
-mount -o remount,ro /sys
+mount -o remount,ro none /sys  # without `none` it would add options that only root may set
 mount -t tmpfs -o size=64m none {home}; cd {home}
 mount -t proc proc /proc 2>/dev/null || mount -t tmpfs none /proc
 """
@@ -1701,8 +1699,7 @@ mount -t proc proc /proc 2>/dev/null || mount -t tmpfs none /proc
 def fence():
     """NAMESPACES, or OTHER_USER if only that works on this system; UserError if neither does."""
     for kind in (NAMESPACES, OTHER_USER)[: 1 if os.getuid() else 2]:
-        trial = run_program("import collections, math, re, typing", 30.0, kind)
-        if trial.passed:
+        if (trial := run_program("import collections, math, re, typing", 30.0, kind)).passed:
             return kind
     raise UserError("programs that the model wrote cannot run here, because the fence around them "
                     f"needs Linux with util-linux: {' '.join(trial.reason.split())}")

@@ -2492,7 +2492,7 @@ def test_no_fence_no_programs(kind, tmp_path, monkeypatch):
     tools.mkdir()
     (tools / "unshare").write_text("#!/bin/sh\necho unshare: Operation not permitted >&2\nexit 1\n")
     (tools / "unshare").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "defpath", f"{tools}:{os.defpath}")
     if kind == evaluation.OTHER_USER:
         assert evaluation.fence.__wrapped__() == kind
     monkeypatch.setattr(os, "getuid", lambda: 1000)
@@ -2500,7 +2500,7 @@ def test_no_fence_no_programs(kind, tmp_path, monkeypatch):
         evaluation.fence.__wrapped__()
     (tools / "unshare").unlink()
     (tools / "sh").symlink_to(shutil.which("sh"))
-    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(os, "defpath", str(tools))
     with pytest.raises(UserError, match="needs Linux with util-linux: .*unshare.*not found$"):
         evaluation.fence.__wrapped__()
 
