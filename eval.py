@@ -18,28 +18,23 @@ line on stdout is the result as one JSON object.
 
 import argparse
 import ast
-import builtins
 import collections
 import contextlib
 import copy
-import ctypes
 import datetime
 import fcntl
 import functools
 import gzip
 import hashlib
-import inspect
 import json
 import logging
 import math
 import os
 import random
 import re
-import select
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -1616,243 +1611,101 @@ def _pad_id(tokenizer):
 # ------------------------------------------------------------------------------------------------
 # Generated code: a fence, not a jail
 
-# A program runs below a fresh interpreter, which is given the source of the functions in FENCE:
-#   supervise     a process group of its own; tries with namespaces, then without
-#     watch       starts the program, waits for its word or the clock, kills what is left
-#       inside    no descriptors, no rights, limits; then the program
-# What the system does not allow is left out, and told in Verdict.fence.
+# `setpriv` takes all rights from a program and `prlimit` bounds it. `unshare` gives it processes,
+# mounts, IPC and a network of its own, which end with it. Where root may not unshare, the program
+# runs as another user instead, which keeps less from it.
+NAMESPACES = "namespaces, read-only files, no network, limits"
+OTHER_USER = "another user, limits; the network and files that anyone may change stay open"
+Verdict = namedtuple("Verdict", "passed reason")
 
-Verdict = namedtuple("Verdict", "passed reason fence")
+# What the interpreter runs. Output goes to memory, limited like a file. The programs that fail in
+# code_eval fail here: it takes the names in `gone` away, once the three modules are imported.
+INSIDE = """
+import builtins, contextlib, json, os, shutil, signal, subprocess, sys
+program, verdict, output = json.load(sys.stdin), os.dup(1), os.memfd_create("output")
+os.dup2(output, 1), os.dup2(output, 2), os.close(0)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends a program that prints too much
+with contextlib.suppress(ImportError):
+    [__import__(name) for name in ("multiprocessing", "numpy", "pandas") if name in program]
+gone = {builtins: "exit quit help", shutil: "rmtree move chown", subprocess: "Popen",
+        os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename "
+            "renames truncate replace unlink fchmod fchown chmod chown chroot lchflags lchmod "
+            "lchown getcwd chdir"}
+for module, name in ((module, name) for module in gone for name in gone[module].split()):
+    setattr(module, name, None)
+sys.modules.update(dict.fromkeys(("ipdb", "joblib", "resource", "psutil", "tkinter")))
+try:
+    exec(program, {})  # as in code_eval: no __name__, and SystemExit is a failure
+    said = "passed"
+except BaseException as error:
+    said = f"{type(error).__name__}: {error}"
+os.write(verdict, said.encode(errors="replace")[:300])
+os._exit(0)
+"""
 
 
-def run_program(program, seconds=3.0, namespaces=True):
-    """Whether `program` runs to its end without an exception, as a Verdict."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+def run_program(program, seconds=3.0, kind=None):
+    """Whether `program` ends without an exception in `seconds`, behind the best fence there is."""
+    kind, root, uid = kind or fence(), os.getuid() == 0, 61000 + os.getpid() % 4000
+    user = f"setpriv --reuid={uid} --regid={uid} --clear-groups" if root else "setpriv"
+    command = (f"{user} --no-new-privs --bounding-set=-all --inh-caps=-all timeout --signal=KILL "
+               f"{seconds} prlimit --as=2147483648 --fsize=16777216 --nofile=64 --nproc=16 --core=0"
+               f" --cpu={int(seconds) + 1} {shlex.join([sys.executable, '-sP', '-c', INSIDE])}")
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home,
+          tempfile.TemporaryFile() as verdict):
+        os.chown(home, uid if root else -1, -1)
+        if kind == NAMESPACES:  # the first shell is the first process: all others end with it
+            apart = "unshare --mount --net --ipc --pid --fork --kill-child sh -c".split()
+            apart[1:1] = [] if root else ["--map-root-user"]
+            command = shlex.join([*apart, f"{walls(os.path.realpath(home))}{command}; exit $?"])
         environment = {"HOME": home, "TMPDIR": home, "PATH": os.defpath, "LANG": "C.UTF-8",
                        "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        job = dict(program=program, seconds=seconds, home=home, namespaces=namespaces)
-        with subprocess.Popen([sys.executable, "-sPB", "-c", fence_source()], cwd=home,
-                              env=environment, start_new_session=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-            try:
-                out, err = child.communicate(json.dumps(job).encode(), timeout=seconds + 30)
-            except subprocess.TimeoutExpired:
-                out, err = b"", b"not even a time-out"
-                os.killpg(child.pid, signal.SIGKILL)
-    if not out:
-        return Verdict(False, "no verdict: " + err.decode(errors="replace")[-200:], "")
-    said, fence = json.loads(out)
-    return Verdict(said == "passed", said, fence)
+        start = time.monotonic()
+        try:
+            code = subprocess.run(["sh", "-c", f"exec {command}"], cwd=home, env=environment,
+                                  input=json.dumps(program).encode(), stdout=verdict,
+                                  stderr=verdict, start_new_session=True).returncode
+        finally:
+            if kind == OTHER_USER:  # one call reaches all its processes: no fork bomb outruns it
+                subprocess.run([*user.split(), "sh", "-c", "kill -KILL -1 2>/dev/null"])
+        said = os.pread(verdict.fileno(), 300, 0).decode(errors="replace").strip()
+    if code:
+        said = "timed out" if time.monotonic() - start >= seconds else f"exit code {code}: {said}"
+    return Verdict(said == "passed", said or "no verdict")
+
+
+def walls(home):
+    """Shell lines for root of new namespaces: all mounts become read-only; homes, sockets and
+    temporary files are covered by a tree in memory, where only Python and an empty `home` are."""
+    hidden = [*"/home /root /run /tmp /var/tmp /dev/shm".split(), os.path.expanduser("~"),
+              tempfile.gettempdir()]
+    hidden = {os.path.realpath(path) for path in hidden if os.path.isdir(path)} - {"/"}
+    python = {real(p) for p in (sys.prefix, sys.base_prefix) for real in (str, os.path.realpath)}
+    python, hidden, home = (shlex.join(sorted(paths)) for paths in (python, hidden, [home]))
+    return f"""set -e; umask 022; echo 1000 >/proc/self/oom_score_adj  # ends first without memory
+while read -r _ _ _ _ path options _; do
+    case "$options $path/" in ro* | *\\ /proc/* | *\\ /sys/*) continue; esac
+    path=$(printf %b "$path")  # a blank in it reads \\\\040
+    [ ! -e "$path" ] || mount -o "remount,bind,$options,ro" "$path"
+done </proc/self/mountinfo
+mount -t tmpfs none /sys
+for path in {python} {hidden} {home}; do mkdir -p "/sys$path"; done
+for path in {python}; do mount --rbind "$path" "/sys$path"; done
+for path in {hidden}; do mount --rbind "/sys$path" "$path"; done
+mount -o remount,ro none /sys  # without `none` it would add options that only root may set
+mount -t tmpfs -o size=64m none {home}; cd {home}
+mount -t proc proc /proc 2>/dev/null || mount -t tmpfs none /proc
+"""
 
 
 @functools.cache
 def fence():
-    """What holds programs back on this system, as a sentence; UserError where none can run."""
-    trial = run_program("import collections, math, re, typing") if sys.platform == "linux" else None
-    if not trial or not trial.passed:
-        raise UserError("programs that the model wrote cannot run here: "
-                        + (trial.reason if trial else "the fence around them needs Linux"))
-    return trial.fence
-
-
-@functools.cache
-def fence_source():
-    modules = "builtins, contextlib, ctypes, json, os, select, shutil, signal, struct, subprocess"
-    return "\n".join([f"import {modules}, sys, time", *map(inspect.getsource, FENCE),
-                      "supervise()"])
-
-
-def supervise():
-    """Take a job from stdin; make the stronger fence that the system allows."""
-    job = json.load(sys.stdin)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, programs go first
-    job["uid"], own = os.getuid(), 61000 + os.getpid() % 4000
-    if job["uid"] == 0:  # process limits do not bind root: it gets a uid that owns nothing
-        with contextlib.suppress(OSError):
-            os.chown(job["home"], own, -1)
-            job["uid"] = own
-            reach_python()
-    for attempt in [with_namespaces] * job["namespaces"] + [without_namespaces]:
-        pid = os.fork()
-        if pid == 0:
-            attempt(job, ctypes.CDLL(None))
-        if os.waitpid(pid, 0)[1] == 0:
-            break
-
-
-def reach_python():
-    """Import by descriptor: root's Python may be in /root, which only root may enter by name."""
-    def door(path):
-        return f"/proc/self/fd/{os.open(path, os.O_PATH)}"
-    sys.path[:] = [door(path) for path in sys.path if os.path.isdir(path)]
-    for module in list(sys.modules.values()):
-        if hasattr(module, "__path__"):
-            module.__path__ = [door(path) for path in module.__path__]
-
-
-def with_namespaces(job, libc):
-    """New user, PID, mount, network and IPC namespaces; exit code 1 where they are refused."""
-    drop_rights(job["uid"], libc)
-    uid, gid = os.getuid(), os.getgid()
-    if libc.unshare(0x10000000 | 0x20000000 | 0x00020000 | 0x40000000 | 0x08000000):
-        os._exit(1)
-    for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                       ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(line)
-    pid = os.fork()
-    if pid == 0:  # first in the PID namespace: when it ends, the kernel kills all others
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        watch(job, libc, "limits; user, PID, mount and network namespaces"
-              + (", a read-only file system" if read_only(job["home"].encode(), libc) else ""))
-    os.waitpid(pid, 0)
-    os._exit(0)
-
-
-def without_namespaces(job, libc):
-    landlock = libc.syscall(444, None, 0, 1) > 0
-    watch(job, libc, "limits, but no namespaces on this system; "
-          + ("a read-only file system (Landlock), " if landlock else "")
-          + ("your own user" if job["uid"] == os.getuid() else "an unprivileged user"))
-
-
-def read_only(home, libc):
-    """Make all mounts read-only, which this user namespace cannot undo; 64 MB of memory at home."""
-    libc.mount(None, b"/", None, 0x44000, None)             # MS_REC | MS_PRIVATE
-    attributes = struct.pack("QQQQ", 1, 0, 0, 0)            # MOUNT_ATTR_RDONLY
-    refused = libc.syscall(442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr, recursive
-    libc.mount(b"proc", b"/proc", b"proc", 14, None)        # of these processes alone
-    libc.mount(b"none", home, b"tmpfs", 6, b"size=64m,mode=700")
-    os.chdir(home)
-    return not refused
-
-
-def watch(job, libc, told):
-    """Start the program, wait for its word or the clock, kill what is left, print the verdict."""
-    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come here, whatever session they are in
-    ready, word = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(ready)
-            inside(job, libc, word)
-        finally:
-            os._exit(1)
-    os.close(word)
-    heard = select.select([ready], [], [], job["seconds"])[0]
-    said = os.read(ready, 300).decode(errors="replace") if heard else "timed out"
-    if os.getpid() != 1:
-        sweep(child)
-    print(json.dumps([said or "died", told]), flush=True)
-    os._exit(0)
-
-
-def sweep(child):
-    """Kill the program's group at one stroke, which no fork bomb outruns, then every orphan."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):  # until no child is left
-        while True:
-            if os.waitpid(-1, os.WNOHANG)[0]:
-                continue
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-                    if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
-                        os.kill(int(pid), signal.SIGKILL)
-            time.sleep(0.01)
-
-
-def inside(job, libc, word):
-    """Become the program: stdin is shut, what it prints goes to memory limited like a file."""
-    os.setsid()
-    shut, output = os.open(os.devnull, os.O_WRONLY), os.memfd_create("output")
-    for fd, target in ((shut, 0), (output, 1), (output, 2)):
-        os.dup2(fd, target)
-    os.close(shut), os.close(output)
-    drop_rights(job["uid"], libc)
-    libc.capset(struct.pack("II", 0x20080522, 0), bytes(24))  # no capabilities
-    limit(job["seconds"])
-    deny_writes(job["home"], libc)
-    deny_calls(libc)
-    write = os.write
-    forbid(job["program"])
-    try:
-        exec(job["program"], {})  # as in code_eval: no __name__, and SystemExit is a failure
-        said = "passed"
-    except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-    write(word, said.encode(errors="replace")[:300])
-
-
-def drop_rights(uid, libc):
-    """From root to an unprivileged user; executing a file cannot raise anyone's rights again."""
-    if os.getuid() != uid:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        libc.prctl(4, 1)            # PR_SET_DUMPABLE: /proc/self would stay root's otherwise
-    libc.prctl(38, 1, 0, 0, 0)      # PR_SET_NO_NEW_PRIVS
-
-
-def limit(seconds):
-    import resource
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    for name, most in (("CPU", int(seconds) + 1), ("AS", 2 << 30), ("FSIZE", 16 << 20),
-                       ("NOFILE", 64), ("NPROC", 16), ("CORE", 0)):
-        kind = getattr(resource, "RLIMIT_" + name)
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
-
-
-def deny_writes(home, libc):
-    """Landlock, where the kernel has it: files can only be changed in `home`."""
-    version = libc.syscall(444, None, 0, 1)
-    rights = 0x1FF2 if version < 3 else 0x5FF2  # write, remove, make; version 3 adds truncate
-    rules = libc.syscall(444, struct.pack("Q", rights), 8, 0)
-    for path, granted in ((home, rights), (os.devnull, rights & 0x4002)):
-        file = os.open(path, os.O_PATH)
-        libc.syscall(445, rules, 1, struct.pack("=Qi", granted, file), 0)
-        os.close(file)
-    libc.syscall(446, rules, 0)
-
-
-def deny_calls(libc):
-    """A seccomp filter: signals, tracing, sockets, leaving the process group fail with EPERM."""
-    arch, calls = {  # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal,
-        # ptrace, process_vm_writev, setsid, setpgid, socket
-        "x86_64": (0xC000003E, (62, 200, 234, 129, 297, 424, 101, 311, 112, 109, 41)),
-        "aarch64": (0xC00000B7, (129, 130, 131, 138, 240, 424, 117, 271, 157, 154, 198)),
-    }.get(os.uname().machine, (0, ()))
-    load, equal, above, end = 0x20, 0x15, 0x35, 0x06
-    code = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, 0x50001),
-            (load, 0, 0, 0), (above, len(calls) + 1, 0, 0x40000000),  # x86-64's second table
-            *((equal, len(calls) - i, 0, call) for i, call in enumerate(calls)),
-            (end, 0, 0, 0x7FFF0000), (end, 0, 0, 0x50001)]            # allow, or EPERM
-    steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
-    if calls:
-        libc.prctl(22, 2, struct.pack("HP", len(code), ctypes.addressof(steps)), 0, 0)
-
-
-def forbid(program):
-    """Take away what code_eval takes away, so that the same programs fail."""
-    for name in ("multiprocessing", "numpy", "pandas"):  # loaded by then, in code_eval
-        if name in program:
-            with contextlib.suppress(ImportError):
-                __import__(name)
-    gone = {builtins: "exit quit help", shutil: "rmtree move chown", subprocess: "Popen",
-            os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg "
-                "rename renames truncate replace unlink fchmod fchown chmod chown chroot lchflags "
-                "lchmod lchown getcwd chdir"}
-    for module, names in gone.items():
-        for name in names.split():
-            setattr(module, name, None)
-    sys.modules.update(dict.fromkeys(("ipdb", "joblib", "resource", "psutil", "tkinter")))
-
-
-FENCE = (supervise, reach_python, with_namespaces, without_namespaces, read_only, watch, sweep,
-         inside, drop_rights, limit, deny_writes, deny_calls, forbid)
+    """NAMESPACES, or OTHER_USER if only that works on this system; UserError if neither does."""
+    for kind in (NAMESPACES, OTHER_USER)[: 1 if os.getuid() else 2]:
+        if (trial := run_program("import collections, math, re, typing", 30.0, kind)).passed:
+            return kind
+    raise UserError("programs that the model wrote cannot run here, because the fence around them "
+                    f"needs Linux with util-linux: {' '.join(trial.reason.split())}")
 
 
 # ------------------------------------------------------------------------------------------------

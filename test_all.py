@@ -14,12 +14,14 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -2358,67 +2360,107 @@ HOSTILE = {
     "kill parent, really": "import posix; posix.kill(posix.getppid(), 9)",
     "kill all": "import os; os.kill(-1, 9)",
     "kill all, really": "import posix; posix.kill(-1, 9)",
-    "rmtree": "import shutil; shutil.rmtree({home!r})",
-    "unlink, really": "import posix; posix.unlink({home!r} + '/planted')",
-    "truncate": "open({home!r} + '/planted', 'w')",
+    "kill bystander, really": "import posix; posix.kill({bystander}, 9)",
+    "rmtree": "import shutil; shutil.rmtree({folder!r})",
+    "unlink, really": "import posix; posix.unlink({folder!r} + '/planted')",
+    "truncate": "open({folder!r} + '/planted', 'w')",
+    "write beside": "open({folder!r} + '/new', 'w')",
+    "mount anew": "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.unshare(0x10020000)\n"
+                  "for path in ('/', {folder!r}):\n"
+                  "    libc.umount2(path.encode(), 2)\n"
+                  "    libc.mount(None, path.encode(), None, 0x1020, None)\n"
+                  "open({folder!r} + '/planted', 'w')",
+    "first process": "import os; os.listdir('/proc/1/root')",
+    "become root": "import posix; posix.setuid({other})",
+    "secret": "open({home!r} + '/secret').read()",
     "own home": "import os; os.listdir(os.path.expanduser('~'))[0]",
     "stdin": "input()",
     "stdin, really": "import os; os.read(0, 1)",
     "exit": "import sys; sys.exit(0)",
     "exit, really": "import os; os._exit(0)",
-    "network": "import socket; socket.socket()",
+    "network": "import socket; socket.create_connection(('127.0.0.1', {port}))",
+    "daemon": "import socket; socket.socket(socket.AF_UNIX).connect({home!r} + '/daemon')",
     "environment": "import os; os.environ['PLANTED']",
     "descriptors": "import os; os.fstat({fd})",
 }
+OPEN_TO_OTHER_USER = ("write beside", "unlink, really", "truncate", "mount anew", "network",
+                      "daemon")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the fence needs Linux")
 
 
-def fenced_processes():
-    found = subprocess.run(["grep", "-lsa", "def with_namespaces", *(
-        str(path) for path in Path("/proc").glob("[0-9]*/cmdline"))], capture_output=True,
-        text=True)
-    return [path for path in found.stdout.split() if "/self/" not in path
-            and path != f"/proc/{os.getpid()}/cmdline"]
+@pytest.fixture(params=[evaluation.NAMESPACES, evaluation.OTHER_USER])
+def kind(request, monkeypatch, tmp_path):
+    """A kind of fence, where it works: OTHER_USER needs root and a Python that anyone may run."""
+    if request.param == evaluation.OTHER_USER:
+        if os.getuid():
+            pytest.skip("only root can become another user")
+        monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath)
+                            or sys.executable)
+    for path in (tmp_path, *tmp_path.parents[:3]):
+        if path.name.startswith(("test_", "pytest-")):
+            path.chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trial = run_program("import typing; assert 1", 30.0, request.param)
+    if not trial.passed:
+        pytest.skip(f"this system does not allow {request.param}: {trial.reason}")
+    return request.param
 
 
-linux = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in (
-    "x86_64", "aarch64"), reason="the fence needs Linux on x86-64 or ARM")
+def fenced_processes(folder):
+    """Processes whose temporary directory is in `folder`, once the dying have had a second."""
+    for _ in range(20):
+        found = subprocess.run(["grep", "-lsa", f"TMPDIR={folder}/", *(
+            str(path) for path in Path("/proc").glob("[0-9]*/environ"))],
+            capture_output=True, text=True).stdout.split()
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
 
 
 @linux
-@pytest.mark.parametrize("namespaces", [True, False])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_program(tmp_path, monkeypatch, name, namespaces):
+def test_hostile_program(tmp_path, monkeypatch, name, kind):
+    """Without it a program that a model wrote harms the machine, or counts as a right answer."""
+    if kind == evaluation.OTHER_USER and name in OPEN_TO_OTHER_USER:
+        pytest.skip("another user alone does not keep programs from this")
     home = tmp_path / "home"
     home.mkdir()
-    (home / "planted").write_text("precious")
-    for path in (tmp_path, *tmp_path.parents[:3]):  # nothing but the fence protects the file
-        if path.name.startswith(("test_", "pytest-")):
-            path.chmod(0o755)
-    home.chmod(0o777)
+    (home / "secret").write_text("secret")
+    (home / "secret").chmod(0o600 if kind == evaluation.OTHER_USER else 0o644)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("PLANTED", "1")
     bystander = subprocess.Popen(["sleep", "60"])
     reader, writer = os.pipe()
-    os.set_inheritable(writer, True)
     high = os.dup2(writer, 200)
-    try:
-        program = HOSTILE[name].format(home=str(home), fd=high)
-        verdict = run_program(program, seconds=1.0, namespaces=namespaces)
-        assert not verdict.passed and verdict.reason and verdict.fence, verdict
-        assert bystander.poll() is None
-        assert (home / "planted").read_text() == "precious"
-        assert run_program("import typing; assert 1", namespaces=namespaces).passed
-    finally:
-        bystander.kill()
-        bystander.wait()
-        for fd in (reader, writer, high):
-            os.close(fd)
+    with (tempfile.TemporaryDirectory(dir=ROOT) as folder,
+          socket.create_server(("127.0.0.1", 0)) as server,
+          socket.create_server(str(home / "daemon"), family=socket.AF_UNIX)):
+        (home / "daemon").chmod(0o777)
+        planted = Path(folder, "planted")
+        planted.write_text("precious")
+        planted.chmod(0o666)
+        Path(folder).chmod(0o777)  # nothing but the fence protects the file
+        program = HOSTILE[name].format(
+            folder=folder, home=str(home), fd=high, bystander=bystander.pid,
+            port=server.getsockname()[1], other=0 if os.getuid() == 0 else os.getuid() + 1)
+        try:
+            endless = name in ("fork bomb", "endless loop", "deaf")
+            verdict = run_program(program, 1.0 if endless else 30.0, kind)
+            assert not verdict.passed and (verdict.reason == "timed out") == endless, verdict
+            assert bystander.poll() is None
+            assert os.listdir(folder) == ["planted"] and planted.read_text() == "precious"
+            assert not fenced_processes(tmp_path) and os.listdir(tmp_path) == ["home"]
+        finally:
+            bystander.kill()
+            bystander.wait()
+            for fd in (reader, writer, high):
+                os.close(fd)
 
 
 @linux
-@pytest.mark.parametrize("namespaces", [True, False])
-def test_nothing_survives(namespaces):
-    before = fenced_processes()
+def test_nothing_survives(kind, tmp_path):
+    """Without it processes that a program detached run on after its verdict, or delay it."""
     program = ("import os, posix, time\n"
                "for _ in range(3):\n"
                "    if posix.fork() == 0:\n"
@@ -2427,23 +2469,49 @@ def test_nothing_survives(namespaces):
                "        if posix.fork(): posix._exit(0)\n"
                "        time.sleep(300)\n"
                "time.sleep(0.2)\n")
-    start = time.time()
-    assert run_program(program, seconds=20.0, namespaces=namespaces).passed
-    assert time.time() - start < 10
-    assert fenced_processes() == before
+    assert run_program(program, 60.0, kind).passed
+    assert not fenced_processes(tmp_path)
 
 
 @linux
-def test_fence_keeps_what_programs_need():
+def test_fence_keeps_what_programs_need(kind):
+    """Without it right answers fail, or the same program passes in one run and not in the next."""
     assert run_program("import os\nopen('x', 'w').write('y')\nassert open('x').read() == 'y'\n"
+                       "path = os.path.expanduser('~/z')\nopen(path, 'w').write('z')\n"
                        "open(os.devnull, 'w').write('z')\nprint('hello')\n"
-                       "assert __name__ == 'builtins'\nassert len(os.environ['HOME']) > 3").passed
-    assert run_program("import numpy, decimal, json.tool\nassert numpy.ones(3).sum() == 3").passed
-    assert run_program("x = '\\ud800'").passed and not run_program("x = '\ud800'").passed
-    assert "namespaces" in evaluation.fence()
+                       "assert __name__ == 'builtins'", 30.0, kind).passed
+    assert run_program("import decimal, json.tool, multiprocessing", 30.0, kind).passed
+    if kind == evaluation.NAMESPACES:
+        assert run_program("import numpy; assert numpy.ones(3).sum() == 3", 30.0, kind).passed
+    assert run_program("x = '\\ud800'", 30.0, kind).passed
+    assert not run_program("x = '\ud800'", 30.0, kind).passed
+    drawn = [run_program("raise Exception(hash('a'))", 30.0, kind).reason for _ in range(2)]
+    assert drawn[0] == drawn[1] and "Exception: " in drawn[0]
+    assert run_program("while True: pass", 1.0, kind).reason == "timed out"
+
+
+@linux
+def test_no_fence_no_programs(kind, tmp_path, monkeypatch):
+    """Without it programs run unfenced, or end in a traceback, where the system gives no fence."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "unshare").write_text("#!/bin/sh\necho unshare: Operation not permitted >&2\nexit 1\n")
+    (tools / "unshare").chmod(0o755)
+    monkeypatch.setattr(os, "defpath", f"{tools}:{os.defpath}")
+    if kind == evaluation.OTHER_USER:
+        assert evaluation.fence.__wrapped__() == kind
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    with pytest.raises(UserError, match="needs Linux with util-linux: .*not permitted$"):
+        evaluation.fence.__wrapped__()
+    (tools / "unshare").unlink()
+    (tools / "sh").symlink_to(shutil.which("sh"))
+    monkeypatch.setattr(os, "defpath", str(tools))
+    with pytest.raises(UserError, match="needs Linux with util-linux: .*unshare.*not found$"):
+        evaluation.fence.__wrapped__()
 
 
 def test_code_needs_permission():
+    """Without it a model's programs run although nobody allowed that."""
     doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
     for task, item in ((TASKS["HE"], doc), (TASKS["mbpp"], MBPP_SHOTS[0])):
         with pytest.raises(UserError, match="--allow-code-execution"):
@@ -2452,6 +2520,7 @@ def test_code_needs_permission():
 
 @linux
 def test_code_scores():
+    """Without it the program that is run is not the one that lm-evaluation-harness runs."""
     doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
     text = "    return 1\n\nprint(f())"
     assert TASKS["HE"].score(doc, [text], allow_code=True) == {"pass@1": 1.0}
@@ -3179,6 +3248,7 @@ def test_gradients_are_averaged_over_ranks(tmp_path):
     """After one backward, every rank holds the gradient of the whole batch, to 1e-5."""
     (tmp_path / "ranks.py").write_text("""
 import sys
+import tempfile
 sys.path.insert(0, sys.argv[1])
 import torch, distill, eval as evaluation, test_all
 evaluation.join_ranks("cpu")
