@@ -53,7 +53,6 @@ try:
     from safetensors import SafetensorError
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
-    from transformers.cache_utils import DynamicLayer
     from transformers.utils.import_utils import is_kernels_available
 
     if is_kernels_available():
@@ -61,7 +60,7 @@ try:
                           "which transformers would load in its place; uninstall that package")
     import linear_attn
     from linear_attn import (
-        LinearCacheLayer, UserError, attention_modules, decoder_layers, linear_layers, replaced)
+        UserError, attention_modules, decoder_layers, linear_layers, replaced)
 except ImportError as error:
     sys.exit(f"cannot start: {error}. Set up with: pip install -r requirements.txt")
 
@@ -1167,11 +1166,14 @@ def demo_tokenizer():
 
 # ------------------------------------------------------------------------------------------------
 # The engine: requests -> tokens -> fixed batches -> log-likelihoods or texts
+#
+# Shared contexts: the context that a document's choices share is read once, its cache is repeated
+# for each choice, and then the rest of the choices is read.
 
 @dataclass
 class Request:
-    """One thing the model is asked: the tokens it reads, and how many of the last are scored;
-    or, for generation, the tokens to go on from and the limits."""
+    """One question to the model. `tokens` are context and continuation, the last `scored` of which
+    get a log-probability; for generation they are the prompt, and `limits` says when to stop."""
     tokens: list
     scored: int = 0
     limits: dict = field(default_factory=dict)
@@ -1182,9 +1184,9 @@ class Request:
 
 @dataclass
 class Group:
-    """Requests whose first tokens are the same and are run once: the choices of a document."""
+    """Requests (their numbers) that share a prefix, which is read once: a document's choices."""
     prefix: list
-    members: list                       # numbers of requests
+    members: list
 
 
 def encode(tokenizer, text, bos=None):
@@ -1202,10 +1204,12 @@ def encode(tokenizer, text, bos=None):
 
 
 def encode_pair(tokenizer, context, continuation, bos=None):
-    """Tokens of a context and its continuation, and how many belong to the latter: the harness's
-    way. The context's own tokens are read, without its trailing white space; then of the tokens
-    of both texts together those behind as many. The two are not the same where one token spans
-    the border, or where the tokenizer ends every text with EOS. No context is BOS, or EOS."""
+    """Tokens of a context and its continuation, and the number of the continuation's tokens.
+
+    As the harness does, this takes the tokens of the context alone, without trailing white space,
+    then drops as many from the tokens of both texts together. The result differs from the latter
+    where one token spans the border, or where the tokenizer ends every text with EOS. An empty
+    context becomes BOS, or EOS where there is no BOS."""
     if context:
         start = encode(tokenizer, context.rstrip(), bos)
         rest = encode(tokenizer, context + continuation, bos)[len(start):]
@@ -1220,9 +1224,9 @@ def encode_pair(tokenizer, context, continuation, bos=None):
 class Prepared:
     """A task's documents, tokenised once and cut into fixed batches, to be scored many times.
 
-    Equal requests are asked once. Requests of one document that begin alike form a group, unless
-    `whole`. `batches` are lists of groups, cut from all groups sorted by length, longest first,
-    so that what does not fit into memory fails at once; they are the same for every model.
+    Equal requests are asked once. The requests of a document form one group if they share a
+    prefix, unless `whole`. `batches` are lists of groups and the same for every model; the longest
+    come first, so that a batch too large for the memory fails at once.
     """
 
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
@@ -1277,7 +1281,8 @@ class Prepared:
         return request
 
     def _grouped(self, members, alone):
-        """One group of what begins alike up to the first scored token, or one for each."""
+        """One group with the tokens that all members share before their first scored token, or,
+        where there are none or `alone`, a group for each member."""
         tokens = [self.requests[i].tokens for i in members]
         alone = alone or any(len(read) - 1 > self.reach for read in tokens)
         shared = 0 if alone or len(members) < 2 else min(
@@ -1303,45 +1308,16 @@ def even_batches(rows, size):
     return [rows[first: end] for first, end in zip(edges, edges[1:])]
 
 
-def slices(rows, size, length, overhead):
-    """Cut a list, sorted by `length` from the longest, into lists of at most `size` rows, each to
-    be filled up to its first one's length: the cut that has the fewest positions, where every
-    list costs `overhead` positions more."""
-    lengths = np.array([length(row) for row in rows], dtype=float)
-    places = np.arange(len(rows))
-    cost, start = np.zeros(len(rows) + 1), [0]      # of the best cut of the first n rows: its cost;
-    for end in range(1, len(rows) + 1):             # where its last list begins
-        firsts = places[max(end - size, 0): end]
-        costs = cost[firsts] + (end - firsts) * lengths[firsts]
-        best = costs.argmin()
-        cost[end] = costs[best] + overhead
-        start.append(int(firsts[best]))
-    cut, end = [], len(rows)
-    while end > 0:
-        cut.append(rows[start[end]: end])
-        end = start[end]
-    return cut[::-1]
-
-
-def apart(rows, fit):
-    """The rows as one list where they fit() into one forward, else cut into halves that do."""
-    if len(rows) == 1 or fit(rows):
-        return [rows]
+def halve(rows, fits):
+    """Cut a list in half until every part fits into one forward or is a single row."""
+    if len(rows) < 2 or fits(rows):
+        return [rows] if rows else []
     middle = len(rows) // 2
-    return apart(rows[:middle], fit) + apart(rows[middle:], fit)
-
-
-KEY_BLOCK = 16      # keys that a CPU's attention takes at once, and to which a GPU's aligns masks
-
-
-def forward_overhead(model):
-    """How many positions cost about as much as what a forward takes besides: launching kernels.
-    On 2 CPU cores 10 to 100 were measured for models of 9 M to 0.3 M parameters."""
-    return 64 if model.device.type == "cpu" else 4096
+    return halve(rows[:middle], fits) + halve(rows[middle:], fits)
 
 
 def send(tensor, device):
-    """A tensor of the CPU on `device`; the CPU does not wait for a GPU to do what came before."""
+    """Copy a CPU tensor to `device` without waiting for the work that a GPU has queued."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -1349,7 +1325,7 @@ def send(tensor, device):
 def head_only_at(model, scored):
     """Within the block the LM head sees only the positions where `scored` (bool [B, T], on the CPU)
     is true; the logits come out flattened, [number of true, vocabulary]."""
-    places = scored.flatten().nonzero().squeeze(1)              # a mask's on a GPU makes it wait
+    places = scored.flatten().nonzero().squeeze(1)  # on the CPU: a GPU's nonzero makes it wait
 
     def choose(module, args):           # the head's GPU need not be the model's first
         return args[0].flatten(0, 1).index_select(0, send(places, args[0].device)),
@@ -1358,23 +1334,6 @@ def head_only_at(model, scored):
         yield
     finally:
         hook.remove()
-
-
-@contextlib.contextmanager
-def grouped_heads(model):
-    """Within the block, attention on a CPU takes grouped key/value heads as they are, under a mask
-    too, where transformers would copy each for all of its query heads. On a GPU torch's fused
-    kernels need the copies."""
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    before = os.environ.get(name)
-    if model.device.type == "cpu":
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
 
 
 def pad(rows, left=False):
@@ -1387,183 +1346,107 @@ def pad(rows, left=False):
     return ids, place >= width - lengths if left else place < lengths
 
 
-def read(model, ids, scored, cache=None, mask=None, positions=None):
-    """One forward of ids [B, T] after what `cache` holds -> log-probabilities fp32 [N, V] at the
-    N positions where `scored` [B, T] is true."""
+def read(model, ids, scored, cache=None, mask=None):
+    """One forward of ids [B, T], which continue the sequences in `cache` -> log-probabilities fp32
+    [N, V] at the N positions where `scored` [B, T] is true. `mask` [B, P + T] marks the real
+    tokens of cache and ids; without it all are real, or padding only follows them."""
     kwargs = {}
     if mask is not None:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # [B, T]
         kwargs = {"attention_mask": send(mask.long(), model.device),
                   "position_ids": send(positions, model.device)}
-    with head_only_at(model, scored), grouped_heads(model):
+    with head_only_at(model, scored):
         logits = model(send(ids, model.device), past_key_values=cache,
                        use_cache=cache is not None, **kwargs).logits
     return logits.float().log_softmax(-1)
 
 
-def pick(found, log_probs, rows, owners, tokens):
-    """Add (owners, log_probs[row, token]), three tensors of one length, to the list `found`. The
-    numbers stay on the device: to fetch them is to wait for the forward."""
-    rows, tokens = send(torch.stack([rows, tokens]), log_probs.device)
-    found.append((owners, log_probs[rows, tokens]))
-
-
-def read_rows(model, requests, rows, found, *memory):
-    """One forward of rows (request, tokens), after `memory` (cache, mask, positions) if they go
-    on from something; adds (requests, log-probabilities of the tokens scored) to `found`."""
+def read_rows(model, requests, rows, cache=None, context=None):
+    """One forward of rows (request, tokens) -> for each scored token its request [N] and its
+    log-probability [N]. With `cache`, row r continues the cache's sequence r, whose real tokens
+    `context` [R, P] marks. The log-probabilities stay on the device, since fetching them waits."""
     tokens, real = pad([tokens for _, tokens in rows])                      # [R, T + 1]
     ids, targets, ends = tokens[:, :-1], tokens[:, 1:], real.sum(1, keepdim=True) - 1
-    owners = torch.tensor([i for i, _ in rows])
     counts = torch.tensor([[requests[i].scored] for i, _ in rows]).minimum(ends)
     place = torch.arange(ids.shape[1])
     scored = (place >= ends - counts) & (place < ends)                      # [R, T]
-    log_probs = read(model, ids, scored, *memory)                           # [N, V]
-    pick(found, log_probs, torch.arange(len(log_probs)),
-         owners.repeat_interleave(counts.squeeze(1)), targets[scored])
+    mask = None if cache is None else torch.nn.functional.pad(
+        context, (0, ids.shape[1]), value=True)                             # [R, P + T]
+    log_probs = read(model, ids, scored, cache, mask)                       # [N, V]
+    owners = torch.tensor([i for i, _ in rows]).repeat_interleave(counts.squeeze(1))
+    targets = send(targets[scored].unsqueeze(1), log_probs.device)          # [N, 1]
+    return owners, log_probs.gather(1, targets).squeeze(1)
 
 
-def read_prefixes(model, requests, groups, found):
-    """One forward of the prefixes of groups. Their last position gives the log-probability of every
-    member's first token, all that single-token choices need. Returns what the members with more
-    go on from, and these: (cache, mask [B, P], [(row, request, tokens)]), padded on the left, so
-    that all prefixes end together; else on the right, where a causal model needs no mask.
-    """
-    members = [(row, i, requests[i].tokens[len(group.prefix):])
-               for row, group in enumerate(groups) for i in group.members]
-    tails = [member for member in members if len(member[2]) > 1]
-    ids, real = pad([group.prefix for group in groups], left=bool(tails))
-    place = real.cumsum(1)                                                  # from 1
-    last = real & (place == real.sum(1, keepdim=True))
-    memory = [transformers.DynamicCache(config=model.config) if tails else None]
-    if tails and not real.all():
-        memory += [real, (place - 1).clamp(min=0)]
-    log_probs = read(model, ids, last, *memory)                             # [B, V]
-    first = [(row, i, tokens[0]) for row, i, tokens in members
-             if 0 < len(tokens) <= requests[i].scored]
+def read_shared(model, requests, groups, batch_size):
+    """Read the prefixes of `groups` in one forward, then their members' tails, with a copy of the
+    prefix's cache for each member -> a list of pairs as read_rows returns them.
+
+    The prefix's last position already predicts the first token of every tail, which is all that
+    single-token choices need. Prefixes are padded on the left, so that tails follow directly."""
+    tails = [(i, row, requests[i].tokens[len(group.prefix):])
+             for row, group in enumerate(groups) for i in group.members]
+    longer = [tail for tail in tails if len(tail[2]) > 1]
+    ids, real = pad([group.prefix for group in groups], left=bool(longer))
+    last = real & (real.cumsum(1) == real.sum(1, keepdim=True))             # [B, P]
+    cache = transformers.DynamicCache(config=model.config) if longer else None
+    log_probs = read(model, ids, last, cache, real if longer and not real.all() else None)
+    first = [(i, row, tokens[0]) for i, row, tokens in tails if len(tokens) == requests[i].scored]
+    found = []
     if first:
-        pick(found, log_probs, *torch.tensor(first).unbind(1))
-    return memory[0], real, tails
+        owners, *places = torch.tensor(first).unbind(1)
+        found.append((owners, log_probs[tuple(send(x, log_probs.device) for x in places)]))
+    longer.sort(key=lambda tail: -len(tail[2]))
+    for part in halve(longer, lambda part: len(part) <= batch_size):
+        rows = torch.tensor([row for _, row, _ in part])
+        found.append(read_rows(model, requests, [(i, tokens) for i, _, tokens in part],
+                               repeated(cache, send(rows, model.device)), real[rows]))
+    return found
+
+
+def repeated(cache, rows):
+    """A cache that holds copies of the sequences `rows` of `cache`, which stays as it is."""
+    copies = copy.copy(cache)
+    copies.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copies.layers:         # Qwen3-Next and Falcon-H1 keep their states in dicts
+        vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
+    copies.reorder_cache(rows)          # not every layer has batch_select_indices
+    return copies
 
 
 @torch.no_grad()
 def batch_log_likelihoods(model, requests, groups, batch_size):
-    """{request: summed log-probability of its scored tokens} for a batch of groups.
-
-    A group of one request is read whole. Of the others the prefixes are read once, then the
-    tokens that are left to their members, each row going on from a copy of its prefix's keys,
-    values and states. What is read together is cut into the cheapest forwards of up to
-    `batch_size` rows of similar length; the members of all prefixes are cut together. No forward
-    has more positions than it may, but of one request or of several equally long ones.
-    """
-    def cut(rows, length, fit):
-        rows = sorted(rows, key=lambda row: -length(row))
-        return [part for some in slices(rows, batch_size, length, forward_overhead(model))
-                for part in apart(some, fit)]
-
+    """{request: summed log-probability of its scored tokens} for a batch of groups. Members of a
+    larger group share the reading of their prefix; a request alone in its group is read whole.
+    No forward has more positions, padding included, than reach(model), except a single request."""
     def alone_fit(rows):
-        lengths = {len(tokens) for _, tokens in rows}
-        return len(lengths) == 1 or max(lengths) - 1 <= most
+        return max(len(tokens) for _, tokens in rows) - 1 <= reach(model)
 
-    def tails_fit(tails):
-        starts = [len(requests[i].tokens) - len(tokens) for _, i, tokens in tails]
-        return max(starts) + max(len(tokens) for _, _, tokens in tails) - 1 <= most
+    def shared_fit(groups):
+        tails = [len(requests[i].tokens) - len(g.prefix) for g in groups for i in g.members]
+        return max(len(g.prefix) for g in groups) + max(tails) - 1 <= reach(model)
 
-    most = reach(model)
-    found = []
     members = [i for group in groups for i in group.members]
-    alone = [(i, requests[i].tokens) for group in groups if len(group.members) == 1
-             for i in group.members if requests[i].scored > 0]
-    for rows in cut(alone, lambda row: len(row[1]), alone_fit):
-        read_rows(model, requests, rows, found)
-    sharing = [group for group in groups if len(group.members) > 1]
-    parts = [read_prefixes(model, requests, part, found)
-             for part in cut(sharing, lambda group: len(group.prefix), lambda part: True)]
-    parts, room = [part for part in parts if part[2]], has_room(model)
-    if parts and room:
-        parts = [joined(parts)]
-    for cache, mask, tails in parts:
-        for some in cut(tails, lambda tail: len(tail[2]), tails_fit):
-            rows, owners, tokens = zip(*some)
-            read_rows(model, requests, list(zip(owners, tokens)), found,
-                      *forked(model, cache, mask, torch.tensor(rows), max(map(len, tokens)) - 1,
-                              room))
+    alone = [(i, requests[i].tokens) for g in groups if len(g.members) == 1 for i in g.members]
+    shared = [group for group in groups if len(group.members) > 1]
+    found = [read_rows(model, requests, rows) for rows in halve(alone, alone_fit)]
+    for part in halve(shared, shared_fit):
+        found += read_shared(model, requests, part, batch_size)
+    owners, log_probs = map(torch.cat, zip(*found))
     sums = torch.zeros(len(requests), dtype=torch.float64)
-    if found:
-        owners, log_probs = map(torch.cat, zip(*found))
-        sums.index_add_(0, owners, log_probs.cpu().double())    # the only wait for the device
+    sums.index_add_(0, owners, log_probs.cpu().double())    # the only wait for the device
     return dict(zip(members, sums[members].tolist()))
 
 
-def has_room(model):
-    """Can places be put before the first token? Not where a layer counts them, as windows do."""
-    return all(type(layer) is DynamicLayer
-               for layer in transformers.DynamicCache(config=model.config).layers)
-
-
-def joined(parts):
-    """Parts (cache, mask, tails) as one, whose prefixes still end together, with KEY_BLOCK - 1
-    places before the longest. Empties the parts' caches."""
-    caches, masks, _ = zip(*parts)
-    width = max(mask.shape[1] for mask in masks) + KEY_BLOCK - 1
-
-    def concatenated(tensors):          # of each part, [B, H, P, D] or [B, P, 1]
-        return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[-2], 0))
-                          for x in tensors])
-    whole = copy.copy(caches[0])
-    whole.layers = []
-    while caches[0].layers:             # what is joined is given up, layer by layer
-        layers = [cache.layers.pop(0) for cache in caches]
-        layer = copy.copy(layers[0])
-        if isinstance(layer, LinearCacheLayer):
-            layer.join(layers, seen=width)
-        elif layer.get_seq_length() > 0:
-            layer.keys = concatenated([part.keys for part in layers])
-            layer.values = concatenated([part.values for part in layers])
-        whole.layers.append(layer)
-    mask = concatenated([mask.unsqueeze(-1) for mask in masks]).squeeze(-1)
-    tails, start = [], 0
-    for _, part_mask, part_tails in parts:
-        tails += [(start + row, i, tokens) for row, i, tokens in part_tails]
-        start += len(part_mask)
-    return whole, mask, tails
-
-
-def forked(model, cache, mask, rows, new_tokens, room):
-    """What `new_tokens` (their number) after the prefixes in `rows` go on from: a cache with
-    copies of these rows, which leaves `cache` as it is; the mask [R, P + T]; positions [R, T].
-
-    With `room`, places that no row needs are left out, but so that keys come in multiples of
-    KEY_BLOCK, if the model has so many positions: on a CPU, what is over costs attention up to a
-    third of its time."""
-    mask = mask[rows]                                                       # [R, P]
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in fork.layers:           # a family's own linear layers keep their states in dicts
-        vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
-    if room:
-        keys = int(mask.sum(1).max()) + new_tokens
-        keys = max(keys, min(keys + -keys % KEY_BLOCK, reach(model)))
-        skip = mask.shape[1] + new_tokens - keys
-        mask = mask[:, skip:]
-        for layer in fork.layers:
-            if isinstance(layer, LinearCacheLayer):
-                layer.seen -= skip
-            elif layer.get_seq_length() > 0:
-                layer.keys, layer.values = layer.keys[:, :, skip:], layer.values[:, :, skip:]
-    fork.reorder_cache(send(rows, model.device))  # once: each layer would send them twice.
-    # batch_select_indices takes three times as long, and not all layers have it
-    return (fork, torch.nn.functional.pad(mask, (0, new_tokens), value=True),
-            mask.sum(1, keepdim=True) + torch.arange(new_tokens))
-
-
 class StopOnText(transformers.StoppingCriteria):
-    """A row is done when its new text contains one of its stop strings. Only the last tokens are
-    decoded, for those before were looked at when they were new: as many as the longest stop string
-    has bytes, since a token has one at least, and a few for special tokens, which have none."""
+    """Ends a row when its new text contains one of its stop strings. A token has at least one byte,
+    so a stop string that is complete with the newest token lies within as many last tokens as it
+    has bytes, and a few for special tokens, which have none; only these are decoded."""
 
     def __init__(self, tokenizer, stops, prompt_length):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.stops = [list(filter(None, some)) for some in stops]
-        self.reach = 8 + max(len(stop.encode()) for some in [[""], *self.stops] for stop in some)
+        self.stops = [list(filter(None, row)) for row in stops]
+        self.reach = 8 + max(len(stop.encode()) for row in [[""], *self.stops] for stop in row)
 
     def __call__(self, ids, scores, **kwargs):
         recent = ids[:, max(self.prompt_length, ids.shape[1] - self.reach):].tolist()
@@ -1576,11 +1459,11 @@ class StopOnText(transformers.StoppingCriteria):
 def batch_generate(model, tokenizer, requests, groups):
     """{request: greedy continuation as text} for a batch: left padding, the model's cache. The
     text may run past a stop string; Task.score cuts it there."""
-    def fit(groups):
+    def fits(groups):
         steps = [requests[i].limits["max_gen_toks"] for group in groups for i in group.members]
         return max(len(group.prefix) for group in groups) + max(steps) <= reach(model)
     texts = {}
-    for part in apart(groups, fit):
+    for part in halve(groups, fits):
         texts |= generate_together(model, tokenizer, requests, part)
     return texts
 
@@ -1753,9 +1636,9 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
     mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
 
-    Batch by batch all hybrids are run, and what they have in common is run once (SharedLayers);
-    with `plain` each one runs whole. Several ranks take turns with the batches. Adds to `cost` the
-    layer-token forwards "run", and "plain", what they would have been; padding included.
+    Each batch is read by all hybrids, which share their common lower layers (SharedLayers) unless
+    `plain`. Several ranks take turns with the batches. Adds to `cost` the layer-token forwards
+    "run", and "plain", those without sharing; padding included.
     """
     spent, outputs = collections.Counter(), {layers: {} for layers in layer_sets}
     for batch in prepared.batches[rank()::world_size()]:
@@ -1778,16 +1661,22 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False, cost=None):
     """{layers: {request: answer}} of one batch for each hybrid.
 
-    The hybrid that runs whole is the one whose layers come last: in a round of Algorithm 1 all
-    candidates are alike up to the layer that each replaces, so the one with the highest layer
-    passes through all that any other needs."""
+    In a round of Algorithm 1 two candidates differ first at the lower of the layers that they
+    replace. So the candidate with the highest layer runs first, whole, and passes through all
+    that any other can replay."""
+    cost = collections.Counter() if cost is None else cost
     whole, *others = sorted(set(layer_sets), reverse=True)
-    first = {whole: 0, **{o: 0 if plain else min(set(o) ^ set(whole)) for o in others}}
-    shared = SharedLayers(model, max(first.values()), prepared.task.generates, cost)
+    common = {layers: 0 if plain else min(set(layers) ^ set(whole)) for layers in others}
+    shared = SharedLayers(model, prepared.task.generates)
     answers = {}
-    for layers in first:
-        with replaced(model, mixers, layers), shared.run_from(first[layers]):
+    for layers in (whole, *others):
+        share = (shared.replay(common[layers]) if layers in common else
+                 shared.record(max(common.values(), default=0)))
+        with replaced(model, mixers, layers), positions_read(model) as positions, share:
             answers[layers] = answer_batch(model, prepared, batch)
+        total = len(shared.layers) * sum(positions)
+        cost["plain"] += total
+        cost["run"] += total - common.get(layers, 0) * shared.positions
     return answers
 
 
@@ -1801,62 +1690,82 @@ def layers_can_be_shared(model, prepared, mixers):
     return repr(shared) == repr(plain)      # NaN is the evaluation's to report
 
 
-class SharedLayers:
-    """What several hybrids have in common on one batch: the outputs of their lower layers.
+@contextlib.contextmanager
+def positions_read(model):
+    """A list to which every forward within the block adds its number of positions, B * T."""
+    positions = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: positions.append(args[0].numel()))
+    try:
+        yield positions
+    finally:
+        hook.remove()
 
-    All of them read the batch in the same forwards. The first hybrid runs whole and leaves the
-    outputs of its layers below `keep`; in a later one, a layer below `first` does not run: it gives
-    back, forward by forward, what it gave then, and after the first forward of a cache its part of
-    it is what it was then. Embeddings, masks, the layers above and the head are the family's own
-    code. Of a generation only the first forward, the prompt, is shared.
+
+class SharedLayers:
+    """The lower layers that several hybrids have in common on one batch. The first hybrid records
+    these layers' outputs and caches; later hybrids replay them instead of running the layers.
+
+    All hybrids make the same forwards, so a layer's outputs are replayed in their order. The rest
+    of the model (embeddings, masks, upper layers, head) runs as its family's own code. Generation
+    shares only the forward of the prompt, since the texts of two hybrids differ.
     """
 
-    def __init__(self, model, keep, generates, cost=None):
-        self.layers, self.keep, self.generates = decoder_layers(model), keep, generates
-        self.outputs = [[] for _ in self.layers]        # per layer, forward by forward
-        self.memory = [[] for _ in self.layers]         # per layer: its part of each cache
-        self.cost = collections.Counter() if cost is None else cost
+    def __init__(self, model, generates):
+        self.layers, self.generates = decoder_layers(model), generates
+        self.tapes = [[] for _ in self.layers]  # per layer and forward: (output, cache layer)
+        self.positions = 0                      # B * T of all forwards recorded
+
+    def record(self, count):
+        """Within the block, the lowest `count` layers are recorded."""
+        def recorder(i, forward):
+            def record(*args, **kwargs):
+                cache = cache_among(args, kwargs)
+                starts = cache is not None and cache.layers[i].get_seq_length() == 0
+                output = forward(*args, **kwargs)
+                if starts or not self.generates:
+                    self.tapes[i].append((output, copy.copy(cache.layers[i]) if starts else None))
+                    hidden_states = args[0] if args else kwargs["hidden_states"]    # [B, T, C]
+                    self.positions += hidden_states.shape[:2].numel() if i == 0 else 0
+                return output
+            return record
+        return self._with_forwards(count, recorder)
+
+    def replay(self, count):
+        """Within the block, the lowest `count` layers are replayed."""
+        def player(i, forward):
+            tape = iter(self.tapes[i])
+
+            def play(*args, **kwargs):
+                cache = cache_among(args, kwargs)
+                if self.generates and cache.layers[i].get_seq_length() > 0:
+                    return forward(*args, **kwargs)
+                output, cache_layer = next(tape)
+                if cache_layer is not None:
+                    cache.layers[i] = copy.copy(cache_layer)
+                return output
+            return play
+        return self._with_forwards(count, player)
 
     @contextlib.contextmanager
-    def run_from(self, first):
-        """Within the block, the model's layers below `first` do not run."""
-        before = [layer.__dict__.get("forward") for layer in self.layers]
-        for i, layer in enumerate(self.layers):
-            layer.forward = self._forward(i, layer.forward, self.outputs[i] if i < first else ())
+    def _with_forwards(self, count, make):
+        """Within the block, make(i, forward) stands for the forward of each lower layer i."""
+        layers = self.layers[:count]
+        before = [vars(layer).get("forward") for layer in layers]
+        for i, layer in enumerate(layers):
+            layer.forward = make(i, layer.forward)
         try:
             yield
         finally:
-            self.keep = 0                               # the first hybrid has left its outputs
-            for layer, forward in zip(self.layers, before):
+            for layer, forward in zip(layers, before):
                 del layer.forward
-                if forward is not None:                 # one that accelerate had put there
+                if forward is not None:         # accelerate had put this one there
                     layer.forward = forward
 
-    def _forward(self, i, run, outputs):
-        outputs, memory = iter(outputs), iter(self.memory[i])
 
-        def forward(*args, **kwargs):
-            tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
-            cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-            self.cost["plain"] += tokens
-            output = next(outputs, None)
-            kept = i < self.keep and not (self.generates and self.outputs[i])
-            starts = ((kept or output is not None) and cache is not None    # not all layers count
-                      and cache.layers[i].get_seq_length() == 0)
-            if output is not None:
-                if starts:
-                    cache.layers[i] = copy.copy(next(memory))
-                    if not self.generates:      # only its length will be asked for: copy no rows
-                        cache.layers[i].reorder_cache = lambda rows: None
-                return output
-            self.cost["run"] += tokens
-            output = run(*args, **kwargs)
-            if kept:
-                if starts:
-                    self.memory[i].append(copy.copy(cache.layers[i]))
-                self.outputs[i].append(output)
-            return output
-        return forward
+def cache_among(args, kwargs):
+    """The transformers Cache among a layer's arguments, whose name differs between families."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
 
 
 def judge(prepared, outputs, metric, layers, allow_code=False):

@@ -37,10 +37,10 @@ from distill import (
 from eval import (
     CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
     add_task_flags, answer_hybrids, attention_modules, check_metric, command_line, demo_file,
-    demo_text, demo_tokenizer, digest, dtype_to_save, evaluate_hybrids, file_task, find_device,
-    find_task, fingerprint, finish, gather, join_ranks, layers_can_be_shared, load_model, lock_dir,
-    log, make_demo, make_output_dir, pad, parse_layers, positive, prepare, progress, rank,
-    run_script, slices, split_docs, versions, world_size, write_atomic, write_json)
+    demo_text, demo_tokenizer, digest, dtype_to_save, evaluate_hybrids, even_batches, file_task,
+    find_device, find_task, fingerprint, finish, gather, join_ranks, layers_can_be_shared,
+    load_model, lock_dir, log, make_demo, make_output_dir, pad, parse_layers, positive, prepare,
+    progress, rank, run_script, split_docs, versions, world_size, write_atomic, write_json)
 from kernels import measured_limits
 from linear_attn import KNOWN, check_savable, replaced, save_hybrid
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
@@ -167,7 +167,7 @@ def pooled_outputs(model, mixers, prepared):
         prompts.append(request.tokens[: len(request.tokens) - request.scored])
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     pooled = {layer: ([None] * len(prompts), [None] * len(prompts)) for layer in mixers}
-    batches = slices(order, prepared.batch_size, lambda i: len(prompts[i]), math.inf)
+    batches = even_batches(order, prepared.batch_size)
     for rows in progress(batches, desc="states", unit="batch", leave=False):
         ids, real = pad([prompts[i] for i in rows], left=False)
 

@@ -1759,8 +1759,8 @@ def test_the_head_may_lie_on_another_device():
     assert torch.equal(found, model.lm_head(hidden[scored]).log_softmax(-1))
 
 
-def test_forks_send_their_rows_to_the_device_once():
-    """Two copies per layer, each of which waits for the GPU, without."""
+def test_repeating_a_cache_sends_nothing_to_the_device():
+    """Row numbers that lie on the CPU would be sent for every layer, and the host would wait."""
     class Sent(torch.utils._python_dispatch.TorchDispatchMode):
         count = 0
 
@@ -1769,14 +1769,15 @@ def test_forks_send_their_rows_to_the_device_once():
             self.count += str(kwargs.get("device")) == "meta"
             return func(*args, **kwargs)
 
-    model = types.SimpleNamespace(device="meta", config=FAMILIES["llama"]())
-    cache, mask = transformers.DynamicCache(), torch.arange(40).expand(2, 40) >= 20
+    cache = transformers.DynamicCache()
     for layer in range(3):
         cache.update(*torch.zeros(2, 2, 4, 40, 8, device="meta"), layer)
+    rows = torch.tensor([0, 0, 1], device="meta")
     with Sent() as sent:
-        fork, mask, _ = evaluation.forked(model, cache, mask, torch.tensor([0, 0, 1]), 3, True)
-    assert sent.count == 1 and mask.shape == (3, 32)
-    assert all(layer.keys.shape == (3, 4, 29, 8) and layer.keys.is_meta for layer in fork.layers)
+        copies = evaluation.repeated(cache, rows)
+    assert sent.count == 0
+    for layers, rows in ((copies.layers, 3), (cache.layers, 2)):
+        assert all(layer.keys.shape == (rows, 4, 40, 8) and layer.keys.is_meta for layer in layers)
 
 
 def test_stop_strings_are_found_in_the_last_tokens():
@@ -2039,21 +2040,6 @@ def test_a_right_choice_may_be_given_as_text():
         assert TASKS["boolq"].score(dict(boolq, label=label), [-2, -1]) == {"acc": float(label)}
 
 
-def test_a_choice_without_tokens_scores_nothing(lab):
-    """Beside choices that share its context, one token and several long."""
-    model, _ = load_lab_model(lab)
-    requests = [evaluation.Request(tokens, scored) for tokens, scored in (
-        ([1, 2, 3], 0), ([1, 2, 3, 4], 1), ([1, 2, 3, 5, 6], 2), ([7], 0), ([7, 8], 1))]
-    groups = [evaluation.Group([1, 2, 3], [0, 1, 2]), evaluation.Group([7], [3, 4])]
-    found = evaluation.batch_log_likelihoods(model, requests, groups, 4)
-    for i, request in enumerate(requests):
-        with torch.no_grad():
-            log_probs = model(torch.tensor([request.tokens])).logits[0].double().log_softmax(-1)
-        places = range(len(request.tokens) - request.scored, len(request.tokens))
-        alone = sum(log_probs[t - 1, request.tokens[t]].item() for t in places)
-        assert found[i] == pytest.approx(alone, abs=1e-5) and (request.scored or found[i] == 0)
-
-
 def test_batches_are_even_and_shared_out_evenly():
     for n, size in itertools.product((1, 2, 3, 5, 81, 400), (1, 2, 8, 32, 500)):
         batches = evaluation.even_batches(list(range(n)), size)
@@ -2064,19 +2050,6 @@ def test_batches_are_even_and_shared_out_evenly():
         for ranks in (2, 4, 8):
             if 8 <= len(batches) < n:
                 assert len({len(batches[rank::ranks]) for rank in range(ranks)}) == 1
-
-
-def test_slices_are_the_cheapest_cut():
-    lengths = [9, 9, 7, 7, 6, 3, 3, 1]
-    for size, overhead in itertools.product((1, 2, 3, 8), (0, 1, 4, 48)):
-        cuts = [[lengths[i:j] for i, j in itertools.pairwise((0, *inner, len(lengths)))]
-                for n in range(len(lengths)) for inner in itertools.combinations(range(1, 8), n)]
-        price = lambda cut: sum(len(part) * part[0] + overhead for part in cut)
-        cut = evaluation.slices(lengths, size, int, overhead)
-        assert sum(cut, []) == lengths and max(map(len, cut)) <= size
-        assert price(cut) == min(price(c) for c in cuts if max(map(len, c)) <= size)
-    assert list(map(len, evaluation.slices(lengths, 3, int, math.inf))) == [2, 3, 3]
-    assert evaluation.slices([], 3, int, 4) == []
 
 
 def test_other_prompts():
@@ -2894,24 +2867,15 @@ def assert_as_one_by_one(model, split, batch_size):
             assert found[i] == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.parametrize("overhead", (0, 10 ** 6))
+@pytest.mark.parametrize("size", (1, 3, 64))
 @pytest.mark.parametrize("family", SEARCHED)
-def test_how_requests_are_batched_changes_nothing(family, overhead, monkeypatch):
-    """Many short forwards or few full ones, prefixes joined or on their own, hybrids or not: as
-    one request after the other without a cache. Keys come in whole blocks, but for windows."""
-    widths, forked = [], evaluation.forked
-
-    def spy(*args):
-        widths.append(forked(*args)[1].shape[1])
-        return forked(*args)
-    monkeypatch.setattr(evaluation, "forward_overhead", lambda model: overhead)
-    monkeypatch.setattr(evaluation, "forked", spy)
+def test_how_requests_are_batched_changes_nothing(family, size):
+    """Tails in many forwards or in one, hybrids or not: as one request after the other without a
+    cache."""
     model, mixers, split = search_case(family, "jet", "choices", 8)
     for layers in ((), (1,), tuple(mixers)):
         with torch.no_grad(), replace.replaced(model, mixers, layers):
-            assert_as_one_by_one(model, split, 8)
-    blocks = all(width % evaluation.KEY_BLOCK == 0 for width in widths)
-    assert widths and blocks == evaluation.has_room(model) == (family != "gemma3")
+            assert_as_one_by_one(model, split, size)
 
 
 @pytest.mark.parametrize("family", OWN_LINEAR)
@@ -2928,28 +2892,6 @@ def test_base_models_with_linear_layers_of_their_own(family, lab, tmp_path, monk
     code, _, err = call(distill_command(lab, tmp_path / "out", model=tmp_path / "model"),
                         monkeypatch, capsys)
     assert code == 2 and "cannot be converted" in err and not (tmp_path / "out").exists()
-
-
-def test_grouped_heads_are_not_copied_on_a_cpu(monkeypatch):
-    """Forks, which have a mask, hand attention as many key heads as the model has; the switch is
-    put back to what it was, after an error too."""
-    heads, attention = set(), torch.nn.functional.scaled_dot_product_attention
-
-    def spy(query, key, value, attn_mask=None, **kwargs):
-        heads.add((attn_mask is None, key.shape[1]))
-        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    model = random_model(SEARCHED["llama"]())
-    split, name = search_split(model, "choices", 8), "TRANSFORMERS_SDPA_FORCE_GQA"
-    for before in (None, "0"):
-        monkeypatch.delenv(name, raising=False)
-        if before:
-            monkeypatch.setenv(name, before)
-        evaluation.batch_log_likelihoods(model, split.requests, split.batches[0], 8)
-        assert heads == {(False, SMALL["num_key_value_heads"])} and os.environ.get(name) == before
-        with pytest.raises(IndexError):
-            evaluation.read(model, torch.tensor([[10 ** 6]]), torch.tensor([[True]]))
-        assert os.environ.get(name) == before
 
 
 class Calls:
