@@ -15,13 +15,12 @@ Glossary, the same letters everywhere:
 
 Arithmetic is fp32 for fp32, fp16 and bf16 inputs and fp64 for fp64 inputs. The delta rule
 exponentiates only differences of G that decay (row t >= row s), so that nothing overflows however
-strong the decay; -inf, which forgets everything, is allowed. GLA has to split its differences in
-two factors, and fp32 holds those of eight rows of -5.
+strong the decay; -inf, which forgets everything, is allowed. GLA has to split its differences into
+two factors. With g >= -5 no factor exceeds exp(40), which fp32 holds.
 
 On an NVIDIA GPU all of this runs as Triton kernels, below the torch forms (backend="auto"):
 
-    python kernels.py                          check the kernels, then, on a GPU, time them
-    python kernels.py --compile sm_80 sm_90    registers, spills and shared memory, without a GPU
+    python kernels.py    check the kernels, then, on a GPU, time them
 
 To copy: this file alone; it needs torch and, for the kernels, triton.
 """
@@ -37,7 +36,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-if __name__ == "__main__" and "--compile" not in sys.argv and not torch.cuda.is_available():
+if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read when the kernels are decorated, below
 try:
     import triton
@@ -113,11 +112,6 @@ def _groups(T, C, size):
     return [slice(t, min(t + step, T)) for t in range(0, T, step)]
 
 
-def _chunk_length(T, longest):
-    """The power of two that covers a short sequence, at most `longest`."""
-    return min(longest, 1 << (T - 1).bit_length())
-
-
 def _full_precision(function):
     """Mixed precision (torch.autocast) must not reach inside: it would round every product."""
     @functools.wraps(function)
@@ -182,7 +176,8 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state):
         (B, T, H, K), V = q.shape, v.shape[-1]
-        C = ctx.C = _chunk_length(T, 16 if max(K, V) < 32 else 32 if max(K, V) < 128 else 64)
+        longest = 16 if max(K, V) < 32 else 32 if max(K, V) < 128 else 64
+        C = ctx.C = min(longest, 1 << (T - 1).bit_length())                 # less if T is short
         S = state.new_empty(-(-T // C) + 1, B * H, K, V)                    # at the chunks' borders
         S[0] = state.flatten(0, 1)
         o, saved, N = torch.empty_like(v), [], 0
@@ -227,10 +222,10 @@ class _DeltaRule(torch.autograd.Function):
             dS1, S0 = dS[0], S[N:N + n]
             dq_in, dk_in, dk_out = doc @ S0.mT, (dR @ S0.mT).neg_(), U @ dS[1:].mT
             dP, dA = doc @ U.mT, (dR @ U.mT).neg_()                         # [n,B*H,C,C]
-            # Decays. A pair (t, s) of rows adds to dG_t what it takes from dG_s. Where t = s that
-            # is zero, and left out: in fp32 the two large halves would not cancel, and drown what
-            # is left under strong decay. For the same reason the way from row s to the chunk's
-            # end goes straight to the g after s.
+            # Pair (t, s) adds x to dG_t and -x to dG_s. The diagonal is skipped: its two terms
+            # cancel, but in fp32 they leave noise larger than the gradient under strong decay. For
+            # the same reason the decay from row s to the chunk's end adds to the g after s, not to
+            # dG of the last row and of s.
             dkk = dA * kk
             pairs = (dP * P).tril_(-1).addcmul_(b, dkk)
             in_sum = from_start * (dk_in * kc).sum(-1, keepdim=True)        # [n,B*H,C,1]
@@ -338,36 +333,6 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
 # -----------------------------------------------------------------------------
 # Causal convolution over time, with one kernel for all tokens or one per token (JetBlock)
 
-class _CausalConv(torch.autograd.Function):
-    """z_t = sum_w kernel_w x_{t-W+1+w}, y = z or silu(z); x comes with W-1 tokens in front."""
-
-    @staticmethod
-    def forward(ctx, x, kernel, activation):
-        taps = kernel.to(_compute_dtype(x)).unbind(-2)                      # W times [D] or [B,T,D]
-        T = x.shape[1] - len(taps) + 1
-        z = taps[0] * x[:, :T]                                              # [B,T,D]
-        for w in range(1, len(taps)):
-            z.addcmul_(taps[w], x[:, w:w + T].to(z.dtype))
-        ctx.save_for_backward(x, kernel, z if activation else None)
-        return (F.silu(z) if activation else z).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, kernel, z = ctx.saved_tensors
-        taps = kernel.to(_compute_dtype(x)).unbind(-2)
-        dz, T = dy.to(taps[0].dtype), dy.shape[1]
-        if z is not None:
-            gate = z.sigmoid()
-            dz = dz * gate * (1 + z * (1 - gate))
-        dx, dtaps = dz.new_zeros(x.shape), []
-        for w, tap in enumerate(taps):
-            dx[:, w:w + T].addcmul_(dz, tap)
-            dtap = dz * x[:, w:w + T]
-            dtaps.append(dtap if tap.dim() == 3 else dtap.sum((0, 1)))
-        return dx.to(x.dtype), torch.stack(dtaps, -2).to(kernel.dtype), None
-
-
 @torch.compiler.disable
 def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
     """Depthwise convolution over time that sees the present and the W-1 tokens before it.
@@ -398,7 +363,10 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
     if cache is None:
         cache = x.new_zeros(B, W - 1, D)
     x = torch.cat([cache.to(x.dtype), x], 1)                                # [B,W-1+T,D]
-    return _CausalConv.apply(x, kernel, activation), x[:, T:]
+    taps = kernel.to(_compute_dtype(x)).unbind(-2)                          # W times [D] or [B,T,D]
+    wide = x.to(taps[0].dtype)
+    z = sum(tap * wide[:, w:w + T] for w, tap in enumerate(taps))           # [B,T,D]
+    return (F.silu(z) if activation else z).to(x.dtype), x[:, T:]
 
 
 # -----------------------------------------------------------------------------
@@ -430,16 +398,16 @@ def gated_rms_norm(x, weight=None, gate=None, eps=1e-5, scale=1.0, backend="auto
 #   chunk   one program per chunk and head: what needs no state (P, the decays, and (1 + A)^-1
 #           for the delta rule, decayed q and k for GLA)
 #   scan    one program per head and BV value columns, chunk after chunk: the state stays in
-#           registers from the first token to the last, and o is written on the way
+#           registers from the first token to the last, and the scan also writes o
 #   scan, backwards            the same for dS, from the last chunk to the first
-#   gradients                  one program per chunk (and BK key channels for GLA): all the rest
+#   gradients                  one program per chunk (and BK key channels for GLA): the other sums
 #
 # Letters besides the glossary: t, s row and column of a C x C matrix; bh = b * H + h; KP is K
 # padded to a power of two, at least 16 (what tl.dot takes), BK and BV tiles of K and V. Padded
 # rows and columns are loaded as zeros: a token with k, beta and g of 0 leaves the state as it is.
-# Products take their operands in the inputs' dtype and add up in fp32 on tensor cores; what is
-# delicate (the inverse, GLA's decayed q and k) has fp32 operands, and PREC says how they are
-# multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. GLA's gradients of bf16 inputs
+# Products take their operands in the inputs' dtype and add up in fp32 on tensor cores. The inverse
+# and GLA's decayed q and k would lose too much in 16 bits: they stay fp32, and PREC says how they
+# are multiplied: as tf32 for 16-bit inputs, in full for fp32 inputs. GLA's gradients of bf16 inputs
 # have bf16 operands; fp16 would not hold their decays, up to exp(40). int64 where b and T meet:
 # long inputs have more than 2^31 elements.
 
@@ -763,7 +731,7 @@ def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.co
                  V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                  PREC: tl.constexpr):
     """Gradients by way of pairs of rows: dP . D, dA . D and what they add to dG and dbeta. P and A
-    are computed anew in fp32: rounded, they would spoil dG. Writes dv on the way."""
+    are computed anew in fp32: rounded, they would spoil dG. Also writes dv."""
     dP, dA = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
     for start in range(0, V, BV):
@@ -789,8 +757,8 @@ def _delta_pairs(q, k, v, U, dR, do, dv, whole, part, b, rows, left, H, K: tl.co
 def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg, dbeta, T, H,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                      C: tl.constexpr, PREC: tl.constexpr):
-    """Gradients of a chunk's inputs, as _DeltaRule.backward has them; what is left out of the sums
-    for dg is explained there."""
+    """Gradients of a chunk's inputs, by the formulas of _DeltaRule.backward, which also explains
+    why the sums for dg skip the diagonal."""
     chunk, left, token = _chunk(tl.program_id(0), T, H, C)
     q, k, dq, dk = q + token * K, k + token * K, dq + token * K, dk + token * K
     v, do, U, dR, dv = v + token * V, do + token * V, U + token * V, dR + token * V, dv + token * V
@@ -835,7 +803,7 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
         _store(dk, dkc, rows, keys, H * K, left, K)
     in_sum *= from_start
     dG += b * in_sum
-    # dG goes to the g of its row and all before it; the way to the chunk's end, to those after it
+    # dG adds to g of its row and of earlier rows, the decay to the chunk's end to g of later rows
     later = tl.where(rows[:, None] <= rows[None, :], dG[None, :], (out_sum * to_end)[None, :])
     dgc = tl.sum(later, 1) + tl.load(decays + C - 1) * tl.sum(kept, 0)
     tl.store(dg + token + rows * H, dgc.to(dg.dtype.element_ty), mask=rows < left)
@@ -843,8 +811,9 @@ def _delta_gradients(q, k, v, g, beta, decays, do, U, dR, S, dS, dq, dk, dv, dg,
 
 
 @_jit
-def _gla_gradients(q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr, V: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+def _gla_gradients(q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H, K: tl.constexpr,
+                   V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                   PREC: tl.constexpr):
     """Gradients of a chunk's q, k and g for BK channels. dq and dk come from three levels of pairs
     of rows, as P does, and from the state. dG = q . dq - k . dk sums to dg from each row on."""
     blocks, rows, stride = tl.cdiv(K, BK), _halves_first(C), H * K
@@ -897,7 +866,7 @@ def _gla_gradients(q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H, K: tl.conste
         dk_out = tl.dot(vc, tl.trans(dS1), dk_out, input_precision=PREC)
     dqc += _scaled(dq_in, from_start * K ** -0.5)
     dk_out = _scaled(dk_out, to_end)
-    # the diagonal takes no part in dg; the way to the chunk's end goes to the g of the rows after
+    # dg skips the diagonal; the decay from a row to the chunk's end adds to g of the later rows
     dqc, dkc, dk_out = dqc * from_middle, dkc * to_middle, dk_out * to_middle
     dG, out_sum = (qc * dqc - kc * dkc).to(operand), (kc * dk_out).to(operand)
     dgc = tl.dot(tl.where(t <= s, 1.0, 0.0).to(operand), dG, input_precision=PREC)
@@ -1117,10 +1086,9 @@ def _use_triton(backend, x, *dims):
 
 @functools.cache
 def _use_sound_ptxas():
-    """Has Triton assemble for Hopper with the ptxas 13.1 that its package brings for Blackwell. With
-    its usual one, 12.8, the delta rule's gradients were wrong or read foreign memory on an H200
-    (bf16, head dims 24 and 40); with 13.1 every check passes. RuntimeError if there is no such one.
-    """
+    """Has Triton assemble for Hopper with the ptxas 13.1 that its package brings for Blackwell.
+    With its usual one, 12.8, gradients of the delta rule were wrong or read foreign memory on an
+    H200 (bf16, head dims 24 and 40); with 13.1 every check passes. RuntimeError without one."""
     from triton.backends.nvidia import compiler
     tools = triton.knobs.nvidia
     sound = lambda tool: tuple(map(int, tool.version.split("."))) >= (13, 1)
@@ -1154,8 +1122,8 @@ def _capability(device):
 
 def _config(q, V, delta):
     """Tile sizes and launch options of the four kernels of a call. On Hopper the fastest of those
-    timed on an H200, elsewhere a guess; nothing spills and shared memory fits (`python kernels.py
-    --compile`). No autotuner, so that no run waits for one. Chunks are 64 rows, one tensor-core
+    timed on an H200, elsewhere a guess; nothing spills and shared memory fits, as a test shows
+    without a GPU. No autotuner, so that no run waits for one. Chunks are 64 rows, one tensor-core
     instruction of a Hopper warp group."""
     (B, _, H, K), hopper = q.shape, _capability(q.device) == 9
     KP, VP, C, precision, stages, scan_stages = _padded(K), _padded(V), 64, "tf32", 2, 2
@@ -1331,8 +1299,8 @@ def _run_step(q, k, v, g, beta, state, end):
     o = torch.empty_like(v)
     if end is None:
         end = q.new_empty(B, H, K, V, dtype=torch.float32)
-    # the state's traffic is all the time there is: at small batches many narrow programs ask for
-    # it at once (8 columns are one 32-byte sector), at large ones rows of 128 bytes are best
+    # Reading and writing the state takes all the time. Small batches need many narrow programs to
+    # keep the memory busy (8 columns are one 32-byte sector); large ones gain by 128-byte rows.
     BV, warps = (8, 1) if B * H * V < 8192 else (32, 4)
     _launch(_step, (B * H * triton.cdiv(V, BV),), q, k, v, g, beta, state, o, end, T, H, K=K, V=V,
             KP=_padded(K), BV=BV, DELTA=beta is not None, num_warps=warps)
@@ -1389,7 +1357,7 @@ def _random_inputs(op, B, T, H, K, V, decay, dtype, device):
                                                         (B, T, 4, K))), cache=normal(B, 3, K))
         return {name: x.to(dtype) for name, x in inputs.items()}
     if op == "gated_rms_norm":
-        both = normal(B, T, 2 * H * K).to(dtype).chunk(2, -1)               # x, gate: not contiguous
+        both = normal(B, T, 2 * H * K).to(dtype).chunk(2, -1)               # not contiguous
         x, gate = (half.unflatten(-1, (H, K)) for half in both)
         inputs = dict(x=x, weight=normal(K), gate=gate) if decay == "gated" else dict(x=x)
         return {name: x.to(dtype) if name != "weight" else x for name, x in inputs.items()}
@@ -1427,12 +1395,13 @@ def _poisoned():
 
 
 def _check_case(op, shape, decay, dtype, device):
-    """{tensor: (relative RMS error, relative maximum error)} of the kernels, forwards, backwards
-    and, without gradients, of the step."""
+    """{tensor: (relative RMS error, relative maximum error)} of the kernels: outputs, gradients,
+    and the results of the step."""
     inputs = _random_inputs(op, *shape, decay, dtype, device)
     exact = {name: x.double() for name, x in inputs.items()}
     if op in OPS:
-        ours, loop = functools.partial(globals()[op], backend="triton"), globals()[op + "_recurrent"]
+        ours = functools.partial(globals()[op], backend="triton")
+        loop = globals()[op + "_recurrent"]
     elif op == "causal_conv":
         ours, loop = (functools.partial(causal_conv, activation="silu", backend=backend)
                       for backend in ("triton", "torch"))
@@ -1475,14 +1444,12 @@ def _check_cases(device):
                     yield op, dtype, shape, kind
 
 
-def check(device, only=lambda op, dtype: True):
+def check(device):
     """Every op against its loop in fp64: a line per case, its name before it runs, so that a crash
     names it, and then the tensor nearest its tolerance. Returns how many tensors were checked and
     how many failed (NaN fails)."""
     checked = failures = 0
     for op, dtype, shape, decay in _check_cases(device):
-        if not only(op, dtype):
-            continue
         print(f"{op:24}{str(dtype)[6:]:10}{str(list(shape)):22}{decay:10}", end="", flush=True)
         default, special = TOLERANCES[dtype]
         rows = []
@@ -1498,128 +1465,6 @@ def check(device, only=lambda op, dtype: True):
 
 
 # -----------------------------------------------------------------------------
-# python kernels.py --compile: registers, spills and shared memory, without a GPU
-
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}           # per block, by sm_XX
-
-
-def _recorded_launches(arch):
-    """(kernel, arguments, constants) of all launches of the ops, for what _config chooses by: dtype,
-    padded K, V of less than a block of columns, one and many, few heads or many. Then K and V that
-    differ from their padding, and sizes that nothing divides. The ops run on tensors without data,
-    and launch into a list."""
-    global _launch, _capability
-    launches, launch, capability = [], _launch, _capability
-    _launch = lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
-    _capability = lambda device: arch // 10
-    tensor = lambda *shape, dtype=torch.float32: torch.empty(
-        shape, dtype=dtype, device="meta", requires_grad=True)
-    fp32, fp16, bf16 = KERNEL_DTYPES
-    sizes = [(bf16, 4096, H, K, V) for H in (16, 512) for K in (16, 64, 128, 256)
-             for V in (16, 64, 256)]
-    sizes += [(fp32, 4096, 16, K, 64) for K in (16, 32, 64, 128, 256)]
-    for dtype, T, H, K, V in (*sizes, (bf16, 4096, 16, 32, 32), (fp16, 4096, 16, 128, 128),
-                              (bf16, 4096, 12, 96, 256), (bf16, 4001, 3, 100, 200)):
-        q, k, v = (tensor(1, T, H, D, dtype=dtype) for D in (K, K, V))
-        g, beta, state = tensor(1, T, H), tensor(1, T, H), tensor(1, H, K, V)
-        for gates in ((g, beta), (tensor(1, T, H, K), None)):
-            outputs = _run_kernels(q, k, v, *gates, state)
-            torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-            _run_step(q[:, :1], k[:, :1], v[:, :1], *(x if x is None else x[:, :1] for x in gates),
-                      state, None)
-    for dtype, shape in ((bf16, (4,)), (bf16, (2, 4096, 4)), (fp32, (4,)), (fp32, (2, 4096, 4))):
-        x, kernel, cache = (tensor(*shape, 1024, dtype=dtype)
-                            for shape in ((2, 4096), shape, (2, 3)))
-        y = _ConvKernels.apply(x, kernel, cache, "silu")
-        y.backward(torch.empty_like(y))
-    for dtype in (bf16, fp32):
-        x, gate = (tensor(2, 4096, 16, 128, dtype=dtype) for _ in range(2))
-        for weight, gate in ((None, None), (tensor(128), gate)):
-            y = _NormKernels.apply(x, weight, gate, 1e-5, 1.0)
-            y.backward(torch.empty_like(y))
-    _launch, _capability = launch, capability
-    return launches
-
-
-def _compile_job(kernel, args, constants, arch):
-    """A launch as what triton.compile takes, all of it picklable: the signature, the constants and
-    the arguments divisible by 16 (a number that is 1 counts as constant, as in a launch on a GPU),
-    the options."""
-    names = dict(zip(KERNEL_DTYPES, ("*fp32", "*fp16", "*bf16")))
-    constants = dict(constants)
-    options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
-    values = dict(zip(kernel.arg_names, args))
-    constants |= {name: x for name, x in values.items()
-                  if x is None or isinstance(x, int) and x == 1}
-    signature = {name: "constexpr" if name in constants else
-                 "i32" if isinstance(values[name], int) else
-                 "fp32" if isinstance(values[name], float) else names[values[name].dtype]
-                 for name in kernel.arg_names}
-    divisible = [i for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
-                 and signature[name] != "fp32"
-                 and (signature[name] != "i32" or values[name] % 16 == 0)]
-    return kernel.__name__, signature, constants, divisible, options, arch
-
-
-def _compile(job):
-    """One row of the table: what the assembler says about a kernel."""
-    import re
-    import subprocess
-    import tempfile
-    name, signature, constants, divisible, options, arch = job
-    from triton.backends.compiler import GPUTarget
-    tools = triton.knobs.nvidia
-    ptxas = tools.ptxas if arch < 90 else tools.ptxas_blackwell             # _use_sound_ptxas
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    source = triton.compiler.ASTSource(globals()[name], signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.ptx")
-        with open(path, "w") as file:
-            file.write(ptx)
-        said = subprocess.run([
-            ptxas.path, "-v", "-o", os.path.join(folder, "kernel.cubin"),
-            f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), path], capture_output=True, text=True)
-    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads",
-                                       said.stderr).groups())
-    tile = " ".join(f"{x}={constants[x]}" for x in ("C", "K", "V", "BK", "BV", "BT", "BD", "DELTA",
-                                                    "PER_TOKEN") if x in constants)
-    kinds = [kind for kind, sign in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"),
-                                     ("mma", "mma.sync")) if sign in ptx]
-    return dict(arch=f"sm_{arch}", kernel=name.strip("_"),
-                inputs=next(iter(signature.values())).strip("*"), tile=tile,
-                warps=options["num_warps"], registers=int(re.search(r"Used (\d+)", said.stderr)[1]),
-                spills=max(stores, loads), shared_kb=compiled.metadata.shared / 1024,
-                matrix="+".join(kinds) or "none")
-
-
-def compile_all(archs):
-    """Compiles each kernel at each launch configuration it uses; prints the table. Returns its
-    rows and how many of them spill over 64 bytes or ask for more shared memory than there is."""
-    from concurrent.futures import ProcessPoolExecutor
-    jobs = {}
-    for arch in archs:
-        for launch in _recorded_launches(arch):
-            job = _compile_job(*launch, arch)
-            jobs[str(job)] = job                                            # each once
-    rows, failures = [], 0
-    print(f"{'chip':7}{'kernel':17}{'inputs':7}{'tiles':46}{'warps':>5}{'registers':>10}"
-          f"{'spilled B':>10}{'shared KB':>10}  matrix instructions")
-    with ProcessPoolExecutor() as pool:
-        for row in pool.map(_compile, jobs.values()):
-            failed = row["spills"] > 64 or row["shared_kb"] > SHARED_KB[int(row["arch"][3:])]
-            failures += failed
-            rows.append(row)
-            print(f"{row['arch']:7}{row['kernel']:17}{row['inputs']:7}{row['tile']:46}"
-                  f"{row['warps']:5}{row['registers']:10}{row['spills']:10}{row['shared_kb']:10.1f}"
-                  f"  {row['matrix']}" + ("  FAILED" if failed else ""), flush=True)
-    print(f"{len(rows)} kernels, {failures} failed; at most {max(row['spills'] for row in rows)} "
-          "bytes spilled")
-    return rows, failures
-
-
-# -----------------------------------------------------------------------------
 # python kernels.py on a GPU: the benchmark
 
 GOALS = ((4, 2048, 16, 128), (8, 1024, 8, 64), (2, 16384, 16, 128), (1, 8192, 96, 128))  # B T H K=V
@@ -1631,8 +1476,9 @@ def cost(op, B, T, H, K, V, backward=False):
         delta, forwards   chunk 4CK + 20CC (the inverse)      scan 6KV + 4CV          per token
         GLA, forwards     chunk 6CK (3 levels)                scan 4KV + 2CV
         delta, backwards  scan 6KV + 4CV                      gradients 6KV + 4CV + 10CK
-        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 20CK"""
-    delta, C, tokens = op == "gated_delta_rule", 64, B * T * H
+        GLA, backwards    scan 4KV + 2CV                      gradients 4KV + 2CV K/32 + 20CK
+    JetBlock's convolution is left out: it counts as its delta rule."""
+    delta, C, tokens = op != "gated_linear_attention", 64, B * T * H
     gates = 8 if delta else 4 * K
     memory, flops = 2 * (2 * K + 2 * V) + gates, (
         4 * C * K + 20 * C * C + 6 * K * V + 4 * C * V if delta else
@@ -1656,92 +1502,74 @@ def measured_limits():
 
 
 def _fla(op):
-    """fla's chunkwise op and its step, which take what ours take; None if it is not installed."""
+    """fla's chunkwise op and its step, which take what ours take; (None, None) without fla."""
     try:
-        from fla.ops.gated_delta_rule import (chunk_gated_delta_rule,
-                                              fused_recurrent_gated_delta_rule)
-        from fla.ops.gla import chunk_gla, fused_recurrent_gla
+        from fla.ops import gated_delta_rule, gla
     except ImportError:
-        return None
+        return None, None
     if op == OPS[0]:
-        chunk, step = chunk_gated_delta_rule, lambda q, k, v, g, beta, state: (
-            fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state,
-                                             output_final_state=True))
+        chunk, step, gate = (gated_delta_rule.chunk_gated_delta_rule,
+                             gated_delta_rule.fused_recurrent_gated_delta_rule, "g")
     else:
-        chunk, step = chunk_gla, lambda q, k, v, g, beta, state: (
-            fused_recurrent_gla(q, k, v, gk=g, initial_state=state, output_final_state=True))
-    return lambda *x: chunk(*x, output_final_state=True)[0], step
+        chunk, step, gate = gla.chunk_gla, gla.fused_recurrent_gla, "gk"
+
+    def one_token(q, k, v, g, beta, state):
+        gates = {gate: g} if beta is None else {gate: g, "beta": beta}
+        return step(q, k, v, **gates, initial_state=state, output_final_state=True)
+    return lambda *x: chunk(*x, output_final_state=True)[0], one_token
 
 
-def _bench_inputs(op, *shape):
-    inputs = _random_inputs(op, *shape, "mild", torch.bfloat16, "cuda")
-    inputs.pop("state")
-    return [x.requires_grad_() for x in inputs.values()]
+def _sequence_calls(op, B, T, H, K, V, backward):
+    """{provider: call} of an op: ours, fla's if it is installed, the torch form, and the softmax
+    attention that the op stands in for. "jet" is JetBlock's convolution and delta rule; fla has no
+    convolution with a kernel per token, so its rule gets ours, and SiLU as an op of its own."""
+    jet, bf16 = op == "jet", torch.bfloat16
+    inputs = _random_inputs(OPS[0] if jet else op, B, T, H, K, V, "mild", bf16, "cuda")
+    leaves = [inputs[name] for name in inputs if name != "state"]
+    if jet:
+        leaves.append(torch.randn(B, T, 4, H * V, device="cuda", dtype=bf16))
+    rule, (fla, _) = globals()[OPS[0] if jet else op], _fla(OPS[0] if jet else op)
+    ours = lambda *x: rule(*x, backend="triton")[0]
 
-
-def _both_ways(function, inputs):
-    """function, forwards and backwards. Attention has no use for the gates."""
-    do = torch.randn_like(inputs[2])
-    return lambda: torch.autograd.grad(function(*inputs), inputs, do, allow_unused=True)
-
-
-def op_calls(op, shape, backward, with_torch=False):
-    """{name: call} of an op: ours, fla's if installed, the torch form, and the softmax attention
-    that the op stands in for."""
     def attention(q, k, v, *gates):
         return F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
-    ours, fla, inputs = globals()[op], _fla(op), _bench_inputs(op, *shape)
-    providers = {"ours": lambda *x: ours(*x, backend="triton")[0]}
-    if fla:
-        providers["fla"] = fla[0]
-    if with_torch:
-        providers["torch"] = lambda *x: ours(*x, backend="torch")[0]
-    providers["sdpa"] = attention
-    if backward:
-        return {name: _both_ways(function, inputs) for name, function in providers.items()}
-    inputs = [x.detach() for x in inputs]
-    return {name: functools.partial(function, *inputs) for name, function in providers.items()}
+    def convolved(rule, activation):
+        def run(q, k, v, g, beta, kernel):
+            v, _ = causal_conv(v.flatten(2), kernel, None, activation, backend="triton")
+            v = v if activation else F.silu(v)                              # [B,T,H*V]
+            return rule(q, k, v.unflatten(2, (H, V)), g, beta)
+        return run
+
+    functions = {"ours": ours, "fla": fla, "sdpa": attention,
+                 "torch": lambda *x: rule(*x, backend="torch")[0]}
+    if jet:
+        functions = {"ours": convolved(ours, "silu"), "fla": fla and convolved(fla, None)}
+    functions = {name: function for name, function in functions.items() if function}
+    if not backward:
+        return {name: functools.partial(function, *leaves) for name, function in functions.items()}
+    leaves, do = [x.requires_grad_() for x in leaves], torch.randn_like(leaves[2])
+    both_ways = lambda function: torch.autograd.grad(function(*leaves), leaves, do,
+                                                     allow_unused=True)     # attention's gates
+    return {name: functools.partial(both_ways, function) for name, function in functions.items()}
 
 
-def decode_calls(op, B, T, H, K, V):
-    """{name: call} of one token: our step, fla's, and attention with a cache of T tokens. The steps
-    go round eight states, more than fits the L2 cache, as between the steps of a model."""
+def _decode_calls(op, B, T, H, K, V):
+    """{provider: call} of one token: our step, fla's, and attention with a cache of T tokens. The
+    steps take turns with eight states, more than fits the L2 cache, as the layers of a model do."""
     inputs = _random_inputs(op, B, 1, H, K, V, "mild", torch.bfloat16, "cuda")
-    inputs.pop("state")
-    x, fla = [*inputs.values()] + [None] * (len(inputs) == 4), _fla(op)     # GLA has no beta
+    x, (_, fla) = [inputs.get(name) for name in ("q", "k", "v", "g", "beta")], _fla(op)
     states = itertools.cycle(torch.randn(8, B, H, K, V, device="cuda"))
     query = x[0].transpose(1, 2)
     keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=torch.bfloat16)
     calls = {"ours": lambda: recurrent_step(*x, next(states), inplace=True, backend="triton"),
              "sdpa": lambda: F.scaled_dot_product_attention(query, keys, values)}
-    return calls | ({"fla": lambda: fla[1](*x, next(states))} if fla else {})
+    return calls | ({"fla": lambda: fla(*x, next(states))} if fla else {})
 
 
-def jet_calls(shape):
-    """{name: call} of JetBlock's two ops, forwards and backwards: ours, and what was published: a
-    convolution with a kernel per token, SiLU as an op of its own, fla's delta rule. Their
-    convolution is not part of fla; ours and torch's stand in for it."""
-    (B, T, H, _, V), fla, inputs = shape, _fla(OPS[0]), _bench_inputs(OPS[0], *shape)
-    inputs.append(torch.randn(B, T, 4, H * V, device="cuda", dtype=torch.bfloat16,
-                              requires_grad=True))
-
-    def layer(rule, backend, fused_silu):
-        def run(q, k, v, g, beta, kernel):
-            v, _ = causal_conv(v.flatten(2), kernel, None, "silu" if fused_silu else None, backend)
-            return rule(q, k, (v if fused_silu else F.silu(v)).unflatten(2, (H, V)), g, beta)
-        return _both_ways(run, inputs)
-
-    calls = {"ours": layer(lambda *x: gated_delta_rule(*x, backend="triton")[0], "triton", True)}
-    if fla:
-        calls["published, our conv"] = layer(fla[0], "triton", False)
-        calls["published, torch conv"] = layer(fla[0], "torch", False)
-    return calls
-
-
-def _turns(calls, timer):
-    """{name: [median, p20, p80] in ms}. The calls take turns, three times, so that a card that
+def _times(calls, timer):
+    """{provider: [median, p20, p80] in ms}. The calls take turns, three times, so that a card that
     warms up treats all alike. NaN for what runs out of memory, or is not ours and fails."""
     rounds = {name: [] for name in calls}
     for _ in range(3):
@@ -1758,104 +1586,55 @@ def _turns(calls, timer):
     return {name: [sorted(column)[1] for column in zip(*x)] for name, x in rounds.items()}
 
 
-def _peak_mb(call):
-    """Megabytes that a call adds at its worst moment."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-
-
-def bench(labels, shape, calls, limits, size=None, flops=None, graphs=False):
-    """A row per call, {**labels, shape, "ms", ...}, printed on one line. `size` and `flops` are
-    ours by formula. With `graphs` each call is replayed from a CUDA graph, because a launch from
-    Python would take longer than a small kernel."""
+def bench(section, op, direction, shape, limits):
+    """A row per provider, {"section", ..., "ms", ...}, printed as they are measured. Ours also has
+    its time over fla's and its shares of the card's copy and matrix rates. A decoded token is
+    replayed from a CUDA graph: its launch from Python takes longer than the kernel."""
     from triton import testing
-    times = _turns(calls, testing.do_bench_cudagraph if graphs else testing.do_bench)
-    rows = [dict(**labels, provider=name, **dict(zip("BTHKV", shape)), ms=ms, p20=p20, p80=p80)
-            for name, (ms, p20, p80) in times.items()]
-    line = []
-    for row in rows:
-        name, ms = row["provider"], row["ms"]
-        if ms == ms and not graphs:                                         # not NaN
-            row["peak_mb"] = _peak_mb(calls[name])
-        line.append(f"{name} {ms:.4g} [{row['p20']:.4g}-{row['p80']:.4g}]")
-        if name == "ours":
-            row |= dict(of_copy=size and size / ms / 1e6 / limits["gb_s"],
-                        of_matrix=flops and flops / ms / 1e9 / limits["tflop_s"],
-                        of_fla=ms / times["fla"][0] if "fla" in times else None)
-            line += [f"({row[key]:.2f} {text})" for key, text in (
-                ("of_copy", "of copy"), ("of_matrix", "of matmul"), ("of_fla", "of fla's time"))
-                if row[key] is not None]
-    print(*labels.values(), list(shape), "; ".join(line), flush=True)
-    return rows
-
-
-def bench_op(section, op, shape, limits, with_torch=False):
+    decode, backward, (B, T, H, K, V) = direction == "step", "backward" in direction, shape
+    calls = _decode_calls(op, *shape) if decode else _sequence_calls(op, *shape, backward)
+    times = _times(calls, testing.do_bench_cudagraph if decode else testing.do_bench)
+    size, flops = (8 * B * H * K * V, 0) if decode else cost(op, *shape, backward)
     rows = []
-    for direction in ("forward", "forward+backward"):
-        backward = direction != "forward"
-        rows += bench(dict(section=section, op=op, direction=direction), shape,
-                      op_calls(op, shape, backward, with_torch), limits,
-                      *cost(op, *shape, backward=backward))
+    for name, (ms, p20, p80) in times.items():
+        row = dict(section=section, op=op, direction=direction, provider=name,
+                   **dict(zip("BTHKV", shape)), ms=ms, p20=p20, p80=p80)
+        if ms == ms and not decode:                                         # not NaN
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            calls[name]()
+            row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+        if name == "ours":
+            row |= dict(of_copy=size / ms / 1e6 / limits["gb_s"],
+                        of_matrix=flops / ms / 1e9 / limits["tflop_s"],
+                        of_fla=ms / times["fla"][0] if "fla" in times else None)
+        print("  ".join(f"{x:.3g}" if isinstance(x, float) else f"{x}" for x in row.values()),
+              flush=True)
+        rows.append(row)
     return rows
-
-
-def bench_decode(op, T, limits, B=8, H=16, K=128):
-    return bench(dict(section="decode", op=op, direction="step"), (B, T, H, K, K),
-                 decode_calls(op, B, T, H, K, K), limits,
-                 size=8 * B * H * K * K, graphs=True)       # the fp32 state, read and written
-
-
-def bench_jet(limits, shape=(4, 2048, 12, 96, 256)):
-    """At the shape of Jet-Nemotron-2B."""
-    return bench(dict(section="jet", op="conv+rule", direction="forward+backward"), shape,
-                 jet_calls(shape), limits)
 
 
 def benchmark():
-    """All sections; returns the limits and the rows."""
-    limits, rows = measured_limits(), []
+    """Measures the card, then times all sections. Returns the card's limits and the rows."""
+    limits, both = measured_limits(), ("forward", "forward+backward")
     print(f"this card copies {limits['gb_s']:.0f} GB/s and multiplies {limits['tflop_s']:.0f} "
-          f"TFLOP/s in bf16; times in ms, median [p20-p80]\n{cost.__doc__}")
-    for op in OPS:
-        for B, T, H, D in GOALS:
-            rows += bench_op("goal", op, (B, T, H, D, D), limits)
-        for T in (512, 4096, 32768, 65536):
-            rows += bench_decode(op, T, limits)
-    rows += bench_jet(limits)
-    for op in OPS:
-        for D in (64, 128):
-            for T in (2 ** i for i in range(9, 17)):
-                rows += bench_op("sweep", op, (max(1, 16384 // T), T, 16, D, D), limits, True)
-    return limits, rows
-
-
-def _plot(rows, path):
-    """Time against length, forwards and backwards, a line per provider."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True)
-    for axis, (op, D) in zip(axes.flat, ((op, D) for op in OPS for D in (64, 128))):
-        for provider in dict.fromkeys(row["provider"] for row in rows if row["section"] == "sweep"):
-            points = [(row["T"], row["ms"] / row["B"]) for row in rows
-                      if (row["section"], row["op"], row["K"], row["provider"], row["direction"]) ==
-                      ("sweep", op, D, provider, "forward+backward")]
-            axis.loglog(*zip(*points), marker="o", label=provider)
-        axis.set(title=f"{op}, head dim {D}", xlabel="tokens", ylabel="ms per sequence, fwd + bwd")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+          "TFLOP/s in bf16\nsection, op, direction, provider, B, T, H, K, V, ms (median, p20, p80),"
+          " peak MB; of ours also: share of copy, share of matmul, time over fla's")
+    cases = [("goal", op, direction, (*shape, shape[-1]))
+             for op in OPS for shape in GOALS for direction in both]
+    cases += [("decode", op, "step", (8, T, 16, 128, 128))
+              for op in OPS for T in (512, 4096, 32768, 65536)]
+    cases += [("jet", "jet", "forward+backward", (4, 2048, 12, 96, 256))]   # Jet-Nemotron-2B's
+    cases += [("sweep", op, direction, (max(1, 16384 // T), T, 16, D, D)) for op in OPS
+              for D in (64, 128) for T in (2 ** i for i in range(9, 17)) for direction in both]
+    return limits, [row for case in cases for row in bench(*case, limits)]
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
 def header(device):
-    """The line that makes a number comparable: chip, driver, versions, commit."""
+    """Prints and returns what makes a number comparable: chip, driver, versions, commit."""
     import subprocess
 
     def said(*command):
@@ -1872,68 +1651,39 @@ def header(device):
         chip = _capability(torch.device("cuda"))
         if chip == 9:
             _use_sound_ptxas()
-        info |= dict(device=torch.cuda.get_device_name(),
-                     driver=said("nvidia-smi", "--query-gpu=driver_version",
-                                 "--format=csv,noheader"), ptxas=get_ptxas(10 * chip).version)
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        info |= dict(device=torch.cuda.get_device_name(), driver=driver,
+                     ptxas=get_ptxas(10 * chip).version)
     print(", ".join(f"{name} {x}" for name, x in info.items()))
     return info
 
 
 def parse_args():
     import argparse
-    import importlib.util
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""Check the Triton kernels, then time them.
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-    parser = Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="""Check the Triton kernels, then time them.
-
-    python kernels.py                          on a GPU: check every op, forwards and backwards,
-                                               against its loop in fp64, then the benchmark; on a
-                                               CPU: the check alone, in Triton's interpreter
-    python kernels.py --csv kernels.csv --plot kernels.png
-    python kernels.py --compile sm_80 sm_90    without a GPU: compile all kernels for A100 and H100
+    python kernels.py                     on a GPU: check every op, forwards and backwards, against
+                                          its loop in fp64, then the benchmark; on a CPU: the check
+                                          alone, in Triton's interpreter
+    python kernels.py --csv kernels.csv
 
 Exit code 1 if a check fails, before anything is timed. The last line is one JSON object.""")
-    parser.add_argument("--compile", nargs="+", metavar="sm_XX", help="compile every kernel at "
-                        "every launch configuration and print registers, spills and shared memory; "
-                        "exit code 1 on spills over 64 bytes or more shared memory than the chip "
-                        "has. One of " + ", ".join(f"sm_{arch}" for arch in SHARED_KB))
     parser.add_argument("--csv", help="also write the benchmark's rows to this file")
-    parser.add_argument("--plot", help="also draw time against length into this file (matplotlib)")
+    parser.error = lambda message: parser.exit(2, f"kernels.py: {message} (see --help)\n")
     args = parser.parse_args()
     if triton is None:
         parser.error("triton is not installed, so there are no kernels to run: pip install triton")
-    for arch in args.compile or ():
-        if arch not in [f"sm_{known}" for known in SHARED_KB]:
-            parser.error(f"{arch} is not one of " + ", ".join(f"sm_{x}" for x in SHARED_KB))
-    if args.compile and _INTERPRETED:
-        parser.error("--compile needs the compiler: unset TRITON_INTERPRET")
-    for path in filter(None, (args.csv, args.plot)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"there is no folder for {path}")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.csv and not os.path.isdir(os.path.dirname(args.csv) or "."):
+        parser.error(f"there is no folder for {args.csv}")
     return args
 
 
-def write_csv(rows, path):
-    import csv
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main():
+    import csv
     import json
     args = parse_args()
-    if args.compile:
-        rows, failures = compile_all([int(arch[3:]) for arch in args.compile])
-        print(json.dumps(dict(kernels=len(rows), failures=failures, rows=rows)))
-        sys.exit(failures > 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = header(device)
     result["auto"] = auto_backend(torch.empty(1, device=device), 64)
@@ -1946,9 +1696,11 @@ def main():
         result["of_fla"] = {f"{row['op']} {row['direction']} {[row[x] for x in 'BTHKV']}":
                             row["of_fla"] for row in rows if row.get("of_fla") is not None}
         if args.csv:
-            write_csv(rows, args.csv)
-        if args.plot:
-            _plot(rows, args.plot)
+            with open(args.csv, "w", newline="") as file:
+                names = dict.fromkeys(name for row in rows for name in row)
+                writer = csv.DictWriter(file, list(names))
+                writer.writeheader()
+                writer.writerows(rows)
     print(json.dumps(result))
     sys.exit(result["failures"] > 0)
 
