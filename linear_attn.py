@@ -366,13 +366,6 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats):
         self._each_tensor(lambda t: t.repeat_interleave(repeats, dim=0))
 
-    def join(self, layers, seen):
-        """Become the batch of the sequences in `layers`, after `seen` tokens."""
-        self.recurrent, self.conv = (
-            None if tensors[0] is None else torch.cat(tensors)
-            for tensors in ([layer.recurrent for layer in layers], [layer.conv for layer in layers]))
-        self.seen = seen
-
     def crop(self, tokens_to_remove):
         raise RuntimeError("a linear layer's state cannot be rolled back: decoding that crops the "
                            "cache (assisted, prompt lookup) does not work with a hybrid.")
