@@ -2130,6 +2130,20 @@ def test_batches_are_even_and_shared_out_evenly():
                 assert len({len(batches[rank::ranks]) for rank in range(ranks)}) == 1
 
 
+def test_slices_are_the_cheapest_cut():
+    """A worse cut reads more padding than it need, or makes more forwards."""
+    lengths = [9, 9, 7, 7, 6, 3, 3, 1]
+    for size, overhead in itertools.product((1, 2, 3, 8), (0, 1, 4, 48)):
+        cuts = [[lengths[i:j] for i, j in itertools.pairwise((0, *inner, len(lengths)))]
+                for n in range(len(lengths)) for inner in itertools.combinations(range(1, 8), n)]
+        price = lambda cut: sum(len(part) * part[0] + overhead for part in cut)
+        cut = evaluation.slices(lengths, size, int, overhead)
+        assert sum(cut, []) == lengths and max(map(len, cut)) <= size
+        assert price(cut) == min(price(c) for c in cuts if max(map(len, c)) <= size)
+    assert list(map(len, evaluation.slices(lengths, 3, int, math.inf))) == [2, 3, 3]
+    assert evaluation.slices([], 3, int, 4) == []
+
+
 def test_other_prompts():
     trec = {"context": "c", "question": "q", "answers": ["", "x"], "all_classes": ["x"]}
     (alone, _), (shown, _) = TASKS["TREC"].requests(trec)[0], TASKS["TREC"].requests(trec, [trec])[0]
