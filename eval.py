@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ def run_script(main):
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_say(
         f"{name}: terminated; what was saved before is intact", 143)))
+    # the newest transformers has another name for this argument, but takes the one all know
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     try:
         main()
     except UserError as error:
