@@ -2484,11 +2484,11 @@ def fenced_processes(folder):
 
 
 @linux
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind, name", [
+    (kind, name) for kind in (evaluation.NAMESPACES, evaluation.OTHER_USER) for name in HOSTILE
+    if kind == evaluation.NAMESPACES or name not in OPEN_TO_OTHER_USER], indirect=["kind"])
 def test_hostile_program(tmp_path, monkeypatch, name, kind):
     """Without it a program that a model wrote harms the machine, or counts as a right answer."""
-    if kind == evaluation.OTHER_USER and name in OPEN_TO_OTHER_USER:
-        pytest.skip("another user alone does not keep programs from this")
     home = tmp_path / "home"
     home.mkdir()
     (home / "secret").write_text("secret")
