@@ -1779,6 +1779,8 @@ class SharedLayers:
                 output, cache_layer = next(tape)
                 if cache_layer is not None:
                     cache.layers[i] = copy.copy(cache_layer)
+                    if not self.generates:      # it is asked for its length alone
+                        cache.layers[i].reorder_cache = lambda rows: None
                 return output
             return play
         return self._with_forwards(count, player)
