@@ -340,6 +340,9 @@ def solve_o_proj(model, mixers, batches, share_batch=False):
     for layer, halves in normal.items():
         if share_batch:
             halves = [add_up(half) for half in halves]
+        if not all(half.isfinite().all() for half in halves):
+            raise FloatingPointError(f"what layer {layer}'s attention module takes or gives is not "
+                                     "finite: look for NaN in the model's weights")
         halves = [half.tensor_split([len(half)], dim=1) for half in halves]
         o_proj = mixers[layer].o_proj
         for (gram, moment), (test_gram, test_moment) in (halves, halves[::-1]):

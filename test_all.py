@@ -3597,6 +3597,16 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(lab, tmp_path, monkeypa
         assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
+def test_a_teacher_with_nan_is_not_solved(lab):
+    """A NaN of the teacher once went into the closed-form start, and from there to a checkpoint."""
+    model, _ = evaluation.load_model(str(lab / "model"))
+    next(p for name, p in model.named_parameters() if "layers.1.self_attn.o_proj" in name)[0, 0] = (
+        torch.nan)
+    mixers = distill.make_mixers(model, "gdn", [0, 1], "inherit", 0)
+    with pytest.raises(FloatingPointError, match="layer 1's attention module .* not finite"):
+        distill.solve_o_proj(model, mixers, [tokens(2, 16), tokens(2, 16, seed=1)])
+
+
 # ------------------------------------------------------------------------------------------------
 # The project itself
 
