@@ -42,7 +42,7 @@ import time
 import warnings
 import zlib
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 from unittest import mock
@@ -1317,9 +1317,8 @@ def cut(model, rows, size):
     return forwards
 
 
-def send(tensor, device):
-    """Copy a CPU tensor to `device` without waiting for the work that a GPU has queued."""
-    return tensor.to(device, non_blocking=True)
+# send(tensor, device) copies a CPU tensor without waiting for the work that a GPU has queued
+send = functools.partial(torch.Tensor.to, non_blocking=True)
 
 
 def pad(rows, left=False):
@@ -1536,10 +1535,7 @@ def fence():
 
 
 # ------------------------------------------------------------------------------------------------
-# Scores
-#
-# Shared layers: of several hybrids that are equal up to a layer, the first records the outputs and
-# caches of the layers below it, and the others replay them.
+# Scores, of a model or of several hybrids that share their lower layers
 
 @dataclass
 class Score:
@@ -1787,7 +1783,7 @@ def score_task(name, model, tokenizer, args, path):
     return result
 
 
-def main():
+def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
     parser.add_argument("--task", help="comma-separated: .jsonl files, or of "
@@ -1796,13 +1792,17 @@ def main():
     parser.add_argument("--show", type=positive(int), default=0, metavar="N",
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
-    args, following = parser.parse_args(), None
+    return parser.parse_args()
+
+
+def main():
+    args, following = parse_args(), None
     if args.model is None:
         demo_file("copy", "test")               # refuses where there is no demo
         args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)
         args.task, following = args.task or ",".join(DEMO_TASKS), "python distill.py"
     if args.task is None:
-        parser.error("--task is missing")
+        raise UserError("--task is missing (see --help).")
     names = args.task.split(",")
     for name in names:
         check_metric(find_task(name, args), args.metric)
