@@ -33,7 +33,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -1197,7 +1196,7 @@ class Row(NamedTuple):
 
 
 def encode(tokenizer, text, bos=None):
-    """Tokens with the tokenizer's own special tokens, or with BOS forced on or off, but not twice."""
+    """Tokens with the tokenizer's special tokens, or with BOS forced on or off, but never twice."""
     start = tokenizer.bos_token
     if bos and start is None:
         raise UserError("--bos: this tokenizer has no BOS token.")
