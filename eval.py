@@ -33,7 +33,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,9 +41,10 @@ import time
 import warnings
 import zlib
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
+from unittest import mock
 
 try:
     import numpy as np
@@ -52,6 +52,7 @@ try:
     import torch.distributed as dist
     import transformers
     from safetensors import SafetensorError
+    from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
     from transformers.utils.import_utils import is_kernels_available
@@ -1170,55 +1171,52 @@ def demo_tokenizer():
 # ------------------------------------------------------------------------------------------------
 # The engine: requests -> tokens -> fixed batches -> log-likelihoods or texts
 #
-# Shared contexts: the context that a document's choices share is read once, its cache is repeated
-# for each choice, and then the rest of the choices is read.
+# Shared contexts: the tokens with which all choices of a document begin are read once, their cache
+# is repeated for each choice, and then the rest of each choice, its tail, is read.
 
-@dataclass
-class Request:
-    """One question to the model. `tokens` are context and continuation, the last `scored` of which
-    get a log-probability; for generation they are the prompt, and `limits` says when to stop."""
-    tokens: list
+class Request(NamedTuple):
+    """One question to the model: how likely the last `scored` of `tokens` are after the others; or
+    for generation at most `max_new` tokens after all of `tokens`, up to a string in `until`."""
+    tokens: tuple
     scored: int = 0
-    limits: dict = field(default_factory=dict)
-
-    def key(self):
-        return tuple(self.tokens), self.scored, json.dumps(self.limits)
+    until: tuple = ()
+    max_new: int = 0
 
 
-@dataclass
-class Group:
-    """Requests (their numbers) that share a prefix, which is read once: a document's choices."""
-    prefix: list
+class Row(NamedTuple):
+    """One row of a forward: it reads the tokens from `start` to `end` of its members (numbers of
+    requests), whose tokens are equal up to `end`."""
+    start: int
+    end: int
     members: list
+
+    @property
+    def length(self):
+        return self.end - self.start
 
 
 def encode(tokenizer, text, bos=None):
-    """Tokens with the tokenizer's own special tokens, or with BOS forced on or off; a text that
-    already begins with BOS does not get another."""
+    """Tokens with the tokenizer's special tokens, or with BOS forced on or off, but never twice."""
     start = tokenizer.bos_token
+    if bos and start is None:
+        raise UserError("--bos: this tokenizer has no BOS token.")
     if bos is False or (start and text.startswith(start)):
         return tokenizer.encode(text, add_special_tokens=False)
-    tokens = tokenizer.encode(text)
-    if bos and tokens[:1] != [tokenizer.bos_token_id]:
-        if tokenizer.bos_token_id is None:
-            raise UserError("--bos: this tokenizer has no BOS token.")
-        tokens = [tokenizer.bos_token_id] + tokens
-    return tokens
+    tokens, first = tokenizer.encode(text), [tokenizer.bos_token_id]
+    return first + tokens if bos and tokens[:1] != first else tokens
 
 
 def encode_pair(tokenizer, context, continuation, bos=None):
     """Tokens of a context and its continuation, and the number of the continuation's tokens.
 
-    As the harness does, this takes the tokens of the context alone, without trailing white space,
-    then drops as many from the tokens of both texts together. The result differs from the latter
-    where one token spans the border, or where the tokenizer ends every text with EOS. An empty
-    context becomes BOS, or EOS where there is no BOS."""
+    As the harness does, this encodes the context alone, without trailing white space, and then
+    drops as many tokens from the two texts encoded together, even where one spans the border. An
+    empty context becomes BOS, or EOS where there is none."""
     if context:
         start = encode(tokenizer, context.rstrip(), bos)
         rest = encode(tokenizer, context + continuation, bos)[len(start):]
     else:
-        prefix = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        start = [token for token in prefix if token is not None][:1]
+        start = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
         rest = tokenizer.encode(continuation, add_special_tokens=False)
         rest = rest[1:] if start and rest[:1] == start else rest
     return start + rest, len(rest)
@@ -1227,78 +1225,70 @@ def encode_pair(tokenizer, context, continuation, bos=None):
 class Prepared:
     """A task's documents, tokenised once and cut into fixed batches, to be scored many times.
 
-    Equal requests are asked once. The requests of a document form one group if they share a
-    prefix, unless `whole`. `batches` are lists of groups and the same for every model; the longest
-    come first, so that a batch too large for the memory fails at once.
+    Equal requests are asked once. `batches` are lists of Rows that start at token 0, the same for
+    every model; the longest come first, so that a batch too large for the memory fails at once.
     """
 
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
                  whole=False, max_gen_toks=None):
         self.task, self.docs, self.tokenizer, self.bos = task, docs, tokenizer, bos
-        self.max_gen_toks, self.reach, self.truncated = max_gen_toks, reach(model), 0
-        self.requests, self.of_doc, self.groups, index = [], [], [], {}
-        for number, doc in enumerate(docs):
-            mine, new = [], []
-            for ask in task.requests(doc, shots[number] if shots else None):
-                request = self._request(ask, doc, max_length(model))
-                if request.key() not in index:
-                    index[request.key()] = len(self.requests)
-                    new.append(len(self.requests))
-                    self.requests.append(request)
-                mine.append(index[request.key()])
-            self.of_doc.append(mine)
-            self.groups += self._grouped(new, whole or task.generates)
-        self.groups.sort(key=lambda group: -len(group.prefix))
-        self.batch_size, self.batches = batch_size, even_batches(self.groups, batch_size)
+        self.batch_size, self.max_gen_toks, self.truncated = batch_size, max_gen_toks, 0
+        self.of_doc, numbers, new = [], {}, []          # numbers: {request: its number}
+        for i, doc in enumerate(docs):
+            asked = [self._request(ask, doc, max_length(model) or math.inf)
+                     for ask in task.requests(doc, shots[i] if shots else None)]
+            known = len(numbers)
+            self.of_doc.append([numbers.setdefault(request, len(numbers)) for request in asked])
+            new.append(range(known, len(numbers)))
+        self.requests = list(numbers)
+        longest = 0 if whole or task.generates else reach(model)
+        rows = [row for members in new for row in self._rows(members, longest)]
+        self.batches = even_batches(sorted(rows, key=lambda row: -row.end), batch_size)
 
     def _request(self, ask, doc, limit):
         """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
         left, as the harness cuts it, and counted."""
         if self.task.generates:
-            new = self.max_gen_toks or ask[1]["max_gen_toks"]
-            request = Request(encode(self.tokenizer, ask[0], self.bos),
-                              limits={**ask[1], "max_gen_toks": new})
-            if not request.tokens:
-                raise UserError(f"{place_of(doc)}: the prompt {ask[0]!r} has no tokens, so there "
-                                "is nothing to go on from.")
-            room = limit and limit - new
+            request = Request(tuple(encode(self.tokenizer, ask[0], self.bos)),
+                              until=tuple(ask[1]["until"]),
+                              max_new=self.max_gen_toks or ask[1]["max_gen_toks"])
+            parts = {"prompt": len(request.tokens)}
         else:
-            request = Request(*encode_pair(self.tokenizer, *ask, self.bos))
-            if not 0 < request.scored < len(request.tokens):
-                what = "continuation" if request.scored == 0 else "context"
-                text = ask[1] if request.scored == 0 else ask[0]
-                raise UserError(f"{place_of(doc)}: the {what} {text[-60:]!r} has no tokens of its "
-                                "own in this model's tokenizer, so it has no score.")
-            room = limit and limit + 1                  # the last token is scored, not read
-        if limit is None or len(request.tokens) <= room:
+            tokens, scored = encode_pair(self.tokenizer, *ask, self.bos)
+            request = Request(tuple(tokens), scored)
+            parts = {"context": len(tokens) - scored, "continuation": scored}
+        for text, (part, length) in zip(ask, parts.items()):
+            if length == 0:
+                raise UserError(f"{place_of(doc)}: the {part} {text[-60:]!r} has no tokens in this "
+                                "model's tokenizer, so there is nothing to score.")
+        room = limit - request.max_new + (request.scored > 0)   # the last scored token is not read
+        if len(request.tokens) <= room:
             return request
-        if self.task.hub is None:
-            raise UserError(f"{place_of(doc)}: {len(request.tokens)} tokens, but the model's context "
-                            f"has room for {room}.")
-        if room <= 0:
-            raise UserError(f"{self.task.name} generates up to {new} tokens, but the model's "
-                            f"context is {limit}: lower it with --max-gen-toks.")
+        if self.task.hub is None or room <= 0:
+            raise UserError(f"{place_of(doc)}: {len(request.tokens)} tokens and {request.max_new} "
+                            f"to generate (see --max-gen-toks), but the model's room is {limit}.")
         self.truncated += 1
-        request.tokens = request.tokens[-room:]
-        request.scored = min(request.scored, room - 1)
-        return request
+        return request._replace(tokens=request.tokens[-room:],
+                                scored=min(request.scored, room - 1))
 
-    def _grouped(self, members, alone):
-        """One group with the tokens that all members share before their first scored token, or,
-        where there are none or `alone`, a group for each member."""
-        tokens = [self.requests[i].tokens for i in members]
-        alone = alone or any(len(read) - 1 > self.reach for read in tokens)
-        shared = 0 if alone or len(members) < 2 else min(
-            len(os.path.commonprefix(tokens)),
-            *(len(self.requests[i].tokens) - self.requests[i].scored for i in members))
-        if shared > 0:
-            return [Group(tokens[0][:shared], members)]
-        last = None if self.task.generates else -1      # the last token is scored, not read
-        return [Group(self.requests[i].tokens[:last], [i]) for i in members]
+    def _rows(self, members, longest):
+        """One Row of the tokens that a document's requests share before their first scored token;
+        or a Row for each, if they share none or read more than `longest` tokens."""
+        asked = [self.requests[i] for i in members]
+        ends = [len(request.tokens) - request.scored for request in asked]
+        shared = os.path.commonprefix([request.tokens[:end] for request, end in zip(asked, ends)])
+        if len(asked) > 1 and shared and max(len(r.tokens) for r in asked) - 1 <= longest:
+            return [Row(0, len(shared), list(members))]
+        return [Row(0, len(request.tokens) - (request.scored > 0), [i])
+                for i, request in zip(members, asked)]
+
+    def tails(self, row):
+        """What is read after a Row: a Row for each member, empty where there is nothing left."""
+        asked = [(i, self.requests[i]) for i in row.members]
+        return [Row(row.end, len(r.tokens) + r.max_new - 1, [i]) for i, r in asked]
 
     def fingerprint(self):
-        return digest(self.task.name, self.docs, [request.key() for request in self.requests],
-                      [[(group.prefix, group.members) for group in b] for b in self.batches])
+        return digest(self.task.name, self.docs, self.requests, self.batches)
 
 
 def even_batches(rows, size):
@@ -1311,228 +1301,144 @@ def even_batches(rows, size):
     return [rows[first: end] for first, end in zip(edges, edges[1:])]
 
 
-def slices(rows, size, length, overhead):
-    """Cut a list, sorted by `length` from the longest, into lists of at most `size` rows, each to
-    be filled up to its first one's length: the cut that has the fewest positions, where every
-    list costs `overhead` positions more."""
-    lengths = np.array([length(row) for row in rows], dtype=float)
-    places = np.arange(len(rows))
-    cost, start = np.zeros(len(rows) + 1), [0]      # of the best cut of the first n rows: its cost;
-    for end in range(1, len(rows) + 1):             # where its last list begins
-        firsts = places[max(end - size, 0): end]
-        costs = cost[firsts] + (end - firsts) * lengths[firsts]
-        best = costs.argmin()
-        cost[end] = costs[best] + overhead
-        start.append(int(firsts[best]))
-    cut, end = [], len(rows)
-    while end > 0:
-        cut.append(rows[start[end]: end])
-        end = start[end]
-    return cut[::-1]
+def cut(model, rows, size):
+    """Cut Rows into forwards of at most `size` rows, each padded to its longest row. A forward ends
+    where its padding would cost more than another forward does: a CPU takes as long for some 100
+    positions (measured on models of 0.3 M to 9 M parameters), a GPU for some thousands."""
+    worth = 128 if model.device.type == "cpu" else 8192
+    forwards, longest, padding = [], math.inf, 0
+    for row in sorted(rows, key=lambda row: -row.length):
+        padding += longest - row.length                 # infinite for the first row
+        if padding > worth or len(forwards[-1]) == size:
+            forwards.append([])
+            longest, padding = row.length, 0
+        forwards[-1].append(row)
+    return forwards
 
 
-def halve(rows, fits):
-    """Cut a list in half until every part fits into one forward or is a single row."""
-    if len(rows) < 2 or fits(rows):
-        return [rows] if rows else []
-    middle = len(rows) // 2
-    return halve(rows[:middle], fits) + halve(rows[middle:], fits)
-
-
-def forward_overhead(model):
-    """How many positions cost about as much as what a forward takes besides: launching kernels.
-    On 2 CPU cores 10 to 100 were measured for models of 9 M to 0.3 M parameters."""
-    return 64 if model.device.type == "cpu" else 4096
-
-
-def cut(model, rows, size, length, fits):
-    """Cut rows into forwards of at most `size` rows of similar length that fit."""
-    rows = sorted(rows, key=lambda row: -length(row))
-    return [part for rows in slices(rows, size, length, forward_overhead(model))
-            for part in halve(rows, fits)]
-
-
-def send(tensor, device):
-    """Copy a CPU tensor to `device` without waiting for the work that a GPU has queued."""
-    return tensor.to(device, non_blocking=True)
-
-
-@contextlib.contextmanager
-def head_only_at(model, scored):
-    """Within the block the LM head sees only the positions where `scored` (bool [B, T], on the CPU)
-    is true; the logits come out flattened, [number of true, vocabulary]."""
-    places = scored.flatten().nonzero().squeeze(1)  # on the CPU: a GPU's nonzero makes it wait
-
-    def choose(module, args):           # the head's GPU need not be the model's first
-        return args[0].flatten(0, 1).index_select(0, send(places, args[0].device)),
-    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        hook.remove()
+# send(tensor, device) copies a CPU tensor without waiting for the work that a GPU has queued
+send = functools.partial(torch.Tensor.to, non_blocking=True)
 
 
 def pad(rows, left=False):
     """Token ids [B, T] and the mask of real ones, padded on one side."""
-    width = max(map(len, rows))
-    fill = [[0] * (width - len(row)) for row in rows]
-    ids = torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)],
-                       dtype=torch.long)
-    lengths, place = torch.tensor([len(row) for row in rows]).unsqueeze(1), torch.arange(width)
-    return ids, place >= width - lengths if left else place < lengths
+    side, rows = "left" if left else "right", [torch.tensor(row) for row in rows]
+    return (pad_sequence(rows, True, 0, side),
+            pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True, 0, side))
 
 
-def read(model, ids, scored, cache=None, mask=None):
-    """One forward of ids [B, T], which continue the sequences in `cache` -> log-probabilities fp32
-    [N, V] at the N positions where `scored` [B, T] is true. `mask` [B, P + T] marks the real
-    tokens of cache and ids; without it all are real, or padding only follows them."""
-    kwargs = {}
-    if mask is not None:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]    # [B, T]
+def read(model, requests, rows, cache=None, past=0):
+    """One forward of Rows -> for each scored token that follows one of their tokens, its request
+    [N] and its log-probability [N] in fp32, left on the device, since to fetch it is to wait.
+
+    Rows that start at token 0 fill `cache`, if there is one, padded on the left, so that tails
+    follow directly. Later ones continue its sequences, one each, of `past` positions. All but the
+    former are padded on the right, where no mask is needed."""
+    left = cache is not None and past == 0
+    ids, real = pad([requests[row.members[0]].tokens[row.start: row.end] for row in rows], left)
+    T, kwargs = ids.shape[1], {}
+    asked = [(i, b * T + (T if left else row.length) + j - row.end - 1, requests[i].tokens[j])
+             for b, row in enumerate(rows) for i in row.members
+             for j in range(max(len(requests[i].tokens) - requests[i].scored, row.start + 1),
+                            row.end + 1)]
+    owners, places, targets = torch.tensor(asked, dtype=torch.long).view(-1, 3).unbind(1)   # [N]
+    context = torch.arange(past) >= past - torch.tensor([[row.start] for row in rows])  # [B, past]
+    mask = torch.cat([context, real | (past > 0)], 1)                               # [B, past + T]
+    if cache is not None and not mask.all():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]                     # [B, T]
         kwargs = {"attention_mask": send(mask.long(), model.device),
                   "position_ids": send(positions, model.device)}
-    with head_only_at(model, scored):
+
+    def scored_states(head, args):      # its device need not be the model's first
+        return args[0].flatten(0, 1).index_select(0, send(places, args[0].device))
+
+    with model.get_output_embeddings().register_forward_pre_hook(scored_states):
         logits = model(send(ids, model.device), past_key_values=cache,
-                       use_cache=cache is not None, **kwargs).logits
-    return logits.float().log_softmax(-1)
+                       use_cache=cache is not None, **kwargs).logits                # [N, V]
+    targets = send(targets.unsqueeze(1), logits.device)                             # [N, 1]
+    return owners, logits.float().log_softmax(-1).gather(1, targets).squeeze(1)
 
 
-def read_rows(model, requests, rows, cache=None, context=None):
-    """One forward of rows (request, tokens) -> for each scored token its request [N] and its
-    log-probability [N]. With `cache`, row r continues the cache's sequence r, whose real tokens
-    `context` [R, P] marks. The log-probabilities stay on the device, since fetching them waits."""
-    tokens, real = pad([tokens for _, tokens in rows])                      # [R, T + 1]
-    ids, targets, ends = tokens[:, :-1], tokens[:, 1:], real.sum(1, keepdim=True) - 1
-    counts = torch.tensor([[requests[i].scored] for i, _ in rows]).minimum(ends)
-    place = torch.arange(ids.shape[1])
-    scored = (place >= ends - counts) & (place < ends)                      # [R, T]
-    mask = None if cache is None else torch.nn.functional.pad(
-        context, (0, ids.shape[1]), value=True)                             # [R, P + T]
-    log_probs = read(model, ids, scored, cache, mask)                       # [N, V]
-    owners = torch.tensor([i for i, _ in rows]).repeat_interleave(counts.squeeze(1))
-    targets = send(targets[scored].unsqueeze(1), log_probs.device)          # [N, 1]
-    return owners, log_probs.gather(1, targets).squeeze(1)
-
-
-def read_shared(model, requests, groups, batch_size):
-    """Read the prefixes of `groups` in one forward, then their members' tails, with a copy of the
-    prefix's cache for each member -> a list of pairs as read_rows returns them.
-
-    The prefix's last position already predicts the first token of every tail, which is all that
-    single-token choices need. Prefixes are padded on the left, so that tails follow directly."""
-    tails = [(i, row, requests[i].tokens[len(group.prefix):])
-             for row, group in enumerate(groups) for i in group.members]
-    longer = [tail for tail in tails if len(tail[2]) > 1]
-    ids, real = pad([group.prefix for group in groups], left=bool(longer))
-    last = real & (real.cumsum(1) == real.sum(1, keepdim=True))             # [B, P]
-    cache = transformers.DynamicCache(config=model.config) if longer else None
-    log_probs = read(model, ids, last, cache, real if longer and not real.all() else None)
-    first = [(i, row, tokens[0]) for i, row, tokens in tails if len(tokens) == requests[i].scored]
-    found = []
-    if first:
-        owners, *places = torch.tensor(first).unbind(1)
-        found.append((owners, log_probs[tuple(send(x, log_probs.device) for x in places)]))
-    for part in cut(model, longer, batch_size, lambda tail: len(tail[2]), lambda part: True):
-        rows = torch.tensor([row for _, row, _ in part])
-        found.append(read_rows(model, requests, [(i, tokens) for i, _, tokens in part],
-                               repeated(cache, send(rows, model.device)), real[rows]))
-    return found
-
-
-def repeated(cache, rows):
-    """A cache that holds copies of the sequences `rows` of `cache`, which stays as it is."""
+def repeated(cache, places):
+    """A cache that holds copies of the sequences `places` of `cache`, which stays as it is."""
     copies = copy.copy(cache)
     copies.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copies.layers:         # Qwen3-Next and Falcon-H1 keep their states in dicts
         vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
-    copies.reorder_cache(rows)          # not every layer has batch_select_indices
+    copies.reorder_cache(places)        # not every layer has batch_select_indices
     return copies
 
 
 @torch.no_grad()
-def batch_log_likelihoods(model, requests, groups, batch_size):
-    """{request: summed log-probability of its scored tokens} for a batch of groups. Members of a
-    larger group share the reading of their prefix; a request alone in its group is read whole.
-    No forward has more positions, padding included, than reach(model), except a single request."""
-    def alone_fit(rows):
-        return max(len(tokens) for _, tokens in rows) - 1 <= reach(model)
+def answer_batch(model, prepared, batch):
+    """{request: summed log-probability of its scored tokens, or greedy continuation as text} for a
+    batch of Rows; each Row alone where with padding they would be longer than reach(model)."""
+    answer = answer_prompts if prepared.task.generates else answer_choices
+    rest = max(tail.length for row in batch for tail in prepared.tails(row))
+    alone = max(row.end for row in batch) + rest > reach(model)
+    answers = {}
+    for part in [[row] for row in batch] if alone else [batch]:
+        answers |= answer(model, prepared, part)
+    return answers
 
-    def shared_fit(groups):
-        tails = [len(requests[i].tokens) - len(g.prefix) for g in groups for i in g.members]
-        return max(len(g.prefix) for g in groups) + max(tails) - 1 <= reach(model)
 
-    members = [i for group in groups for i in group.members]
-    alone = [(i, requests[i].tokens) for g in groups if len(g.members) == 1 for i in g.members]
-    shared = [group for group in groups if len(group.members) > 1]
-    found = [read_rows(model, requests, rows) for rows in cut(
-        model, alone, batch_size, lambda row: len(row[1]), alone_fit)]
-    for part in cut(model, shared, batch_size, lambda group: len(group.prefix), shared_fit):
-        found += read_shared(model, requests, part, batch_size)
+def answer_choices(model, prepared, batch):
+    """Reads the Rows, then the tails of their members, each after a copy of its Row's cache."""
+    requests, size, found = prepared.requests, prepared.batch_size, []
+    for rows in cut(model, batch, size):
+        place = {i: b for b, row in enumerate(rows) for i in row.members}
+        tails = [tail for row in rows for tail in prepared.tails(row) if tail.length]
+        cache = transformers.DynamicCache(config=model.config) if tails else None
+        found.append(read(model, requests, rows, cache))
+        for part in cut(model, tails, size):
+            places = send(torch.tensor([place[tail.members[0]] for tail in part]), model.device)
+            found.append(read(model, requests, part, repeated(cache, places), rows[0].end))
     owners, log_probs = map(torch.cat, zip(*found))
     sums = torch.zeros(len(requests), dtype=torch.float64)
     sums.index_add_(0, owners, log_probs.cpu().double())    # the only wait for the device
-    return dict(zip(members, sums[members].tolist()))
+    return {i: sums[i].item() for row in batch for i in row.members}
 
 
-class StopOnText(transformers.StoppingCriteria):
-    """Ends a row when its new text contains one of its stop strings. A token has at least one byte,
-    so a stop string that is complete with the newest token lies within as many last tokens as it
-    has bytes, and a few for special tokens, which have none; only these are decoded."""
+def stop_on_text(tokenizer, stops, prompt_length):
+    """A criterion for generate() that ends row b when its new text contains a string of stops[b].
+    Only the last tokens are decoded: as many as the longest string has bytes, since a token has one
+    at least, and a few for special tokens, which have none."""
+    stops = [list(filter(None, row)) for row in stops]
+    last = 8 + max((len(stop.encode()) for row in stops for stop in row), default=0)
 
-    def __init__(self, tokenizer, stops, prompt_length):
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.stops = [list(filter(None, row)) for row in stops]
-        self.reach = 8 + max(len(stop.encode()) for row in [[""], *self.stops] for stop in row)
-
-    def __call__(self, ids, scores, **kwargs):
-        recent = ids[:, max(self.prompt_length, ids.shape[1] - self.reach):].tolist()
-        texts = self.tokenizer.batch_decode(recent, skip_special_tokens=True)
-        done = [any(stop in text for stop in stops) for text, stops in zip(texts, self.stops)]
+    def ended(ids, scores, **kwargs):
+        recent = ids[:, max(prompt_length, ids.shape[1] - last):].tolist()
+        texts = tokenizer.batch_decode(recent, skip_special_tokens=True)
+        done = [any(stop in text for stop in row) for text, row in zip(texts, stops)]
         return send(torch.tensor(done), ids.device)
+    return ended
 
 
-@torch.no_grad()
-def batch_generate(model, tokenizer, requests, groups):
-    """{request: greedy continuation as text} for a batch: left padding, the model's cache. The
-    text may run past a stop string; Task.score cuts it there."""
-    def fits(groups):
-        steps = [requests[i].limits["max_gen_toks"] for group in groups for i in group.members]
-        return max(len(group.prefix) for group in groups) + max(steps) <= reach(model)
-    texts = {}
-    for part in halve(groups, fits):
-        texts |= generate_together(model, tokenizer, requests, part)
-    return texts
-
-
-def generate_together(model, tokenizer, requests, groups):
-    """The same for groups that fit into one call of generate(), which runs to the longest limit."""
-    asked = [requests[i] for group in groups for i in group.members]
-    ids, real = pad([group.prefix for group in groups], left=True)
-    steps, width = [request.limits["max_gen_toks"] for request in asked], ids.shape[1]
+def answer_prompts(model, prepared, batch):
+    """All prompts go on until the last has ended, so a text may run past its stop string, where
+    Task.score cuts it."""
+    tokenizer, numbers = prepared.tokenizer, [row.members[0] for row in batch]
+    asked = [prepared.requests[i] for i in numbers]
+    ids, real = pad([request.tokens for request in asked], left=True)               # [B, T]
     eos = [tokenizer.eos_token] if tokenizer.eos_token else []  # ends a text as characters, too
-    out = model.generate(
+    stop = stop_on_text(tokenizer, [[*request.until, *eos] for request in asked], ids.shape[1])
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    new = model.generate(
         send(ids, model.device), attention_mask=send(real.long(), model.device), do_sample=False,
-        num_beams=1, max_new_tokens=max(steps), pad_token_id=_pad_id(tokenizer),
+        num_beams=1, max_new_tokens=max(request.max_new for request in asked), pad_token_id=pad_id,
         temperature=None, top_p=None, top_k=None, return_dict_in_generate=False,
-        stopping_criteria=transformers.StoppingCriteriaList(
-            [StopOnText(tokenizer, [r.limits["until"] + eos for r in asked], width)]))
-    texts = [tokenizer.decode(row[width: width + n], skip_special_tokens=True)
-             for row, n in zip(out.tolist(), steps)]
-    texts = [text.split(eos[0])[0] if eos else text for text in texts]
-    return {i: text for group, text in zip(groups, texts) for i in group.members}
-
-
-def _pad_id(tokenizer):
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in known if i is not None)
+        stopping_criteria=transformers.StoppingCriteriaList([stop]))[:, ids.shape[1]:].tolist()
+    texts = [tokenizer.decode(row[: request.max_new], skip_special_tokens=True)
+             for row, request in zip(new, asked)]
+    return {i: text.split(eos[0])[0] if eos else text for i, text in zip(numbers, texts)}
 
 
 # ------------------------------------------------------------------------------------------------
 # Generated code: a fence, not a jail
 
-# `setpriv` takes all rights from a program and `prlimit` bounds it. `unshare` gives it processes,
-# mounts, IPC and a network of its own, which end with it. Where root may not unshare, the program
-# runs as another user instead, which keeps less from it.
+# `setpriv` takes all rights from a program, `prlimit` bounds it, and `unshare` gives it processes,
+# mounts, IPC and a network that no other has. Where root may not unshare, the program runs as
+# another user, which keeps less from it.
 NAMESPACES = "namespaces, read-only files, no network, limits"
 OTHER_USER = "another user, limits; the network and files that anyone may change stay open"
 Verdict = namedtuple("Verdict", "passed reason")
@@ -1628,7 +1534,7 @@ def fence():
 
 
 # ------------------------------------------------------------------------------------------------
-# Scores
+# Scores, of a model or of several hybrids that share their lower layers
 
 @dataclass
 class Score:
@@ -1644,15 +1550,15 @@ class Score:
     def mean(self, metric=None):
         return math.fsum(item[metric or self.metric] for item in self.items) / self.n
 
-    def stderr(self, metric=None):
+    def stderr(self):
         """Of the mean: sample standard deviation / sqrt(n); 0 for a single item."""
-        mean = self.mean(metric)
-        squares = math.fsum((item[metric or self.metric] - mean) ** 2 for item in self.items)
+        mean = self.mean()
+        squares = math.fsum((item[self.metric] - mean) ** 2 for item in self.items)
         return math.sqrt(squares / max(self.n - 1, 1) / self.n)
 
 
 def evaluate(model, prepared, metric=None, allow_code=False):
-    """Score `model`, whatever is swapped into it, on prepared documents -> Score.
+    """Score `model`, with the layers that it has now, on prepared documents -> Score.
     Raises FloatingPointError for a log-likelihood that is not finite."""
     outputs = {}
     for batch in progress(prepared.batches, desc=prepared.task.name, unit="batch", leave=False):
@@ -1660,11 +1566,15 @@ def evaluate(model, prepared, metric=None, allow_code=False):
     return judge(prepared, outputs, metric, linear_layers(model), allow_code)
 
 
-def answer_batch(model, prepared, batch):
-    """{request: summed log-likelihood, or text} for one batch of groups."""
-    if prepared.task.generates:
-        return batch_generate(model, prepared.tokenizer, prepared.requests, batch)
-    return batch_log_likelihoods(model, prepared.requests, batch, prepared.batch_size)
+def judge(prepared, outputs, metric, layers, allow_code=False):
+    """Turn {request: answer} of all requests into a Score."""
+    task, per_doc = prepared.task, [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
+    for doc, answers in zip(prepared.docs, per_doc):
+        if not task.generates and not all(map(math.isfinite, answers)):
+            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
+                                     f"{layers}")
+    items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
+    return Score(metric or task.metric, items, per_doc)
 
 
 def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_code=False,
@@ -1672,47 +1582,54 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
     mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
 
-    Each batch is read by all hybrids, which share their common lower layers (SharedLayers) unless
-    `plain`. Several ranks take turns with the batches. Adds to `cost` the layer-token forwards
-    "run", and "plain", those without sharing; padding included.
-    """
-    spent, outputs = collections.Counter(), {layers: {} for layers in layer_sets}
+    The hybrids share their lower layers on each batch, unless `plain`. Several ranks take turns
+    with the batches. Adds to the Counter `cost` the layer-token forwards "run", and "plain", which
+    are those without sharing."""
+    done = []
     for batch in prepared.batches[rank()::world_size()]:
-        answers = answer_hybrids(model, prepared, mixers, batch, layer_sets, plain, spent)
-        for layers in outputs:
-            outputs[layers] |= answers[layers]
+        done.append(answer_hybrids(model, prepared, mixers, batch, layer_sets, plain))
         if bar is not None:
             bar.update(len(layer_sets))
-    parts = gather((outputs, spent))
+    done = sum(gather(done), [])
     if rank() > 0:
         return None
-    for part, spent in parts:
-        for layers in outputs:
-            outputs[layers] |= part[layers]
-        if cost is not None:
-            cost.update(spent)
-    return [judge(prepared, outputs[layers], metric, layers, allow_code) for layers in layer_sets]
+    if cost is not None:
+        cost.update(layer_tokens(prepared, len(decoder_layers(model)), layer_sets, plain))
+    outputs = ({i: answer for answers in done for i, answer in answers[layers].items()}
+               for layers in layer_sets)
+    return [judge(prepared, found, metric, layers, allow_code)
+            for found, layers in zip(outputs, layer_sets)]
 
 
-def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False, cost=None):
-    """{layers: {request: answer}} of one batch for each hybrid.
+def common_layers(layer_sets, plain=False):
+    """The layer set that runs first, and {another: how many of the lowest layers both have}. Two
+    candidates of a round of Algorithm 1 differ first at the lower of the layers that they replace,
+    so the first to run is the one that replaces the highest layer."""
+    first, *others = sorted(set(layer_sets), reverse=True)
+    return first, {layers: 0 if plain else min(set(layers) ^ set(first)) for layers in others}
 
-    In a round of Algorithm 1 two candidates differ first at the lower of the layers that they
-    replace. So the candidate with the highest layer runs first, whole, and passes through all
-    that any other can replay."""
-    cost = collections.Counter() if cost is None else cost
-    whole, *others = sorted(set(layer_sets), reverse=True)
-    common = {layers: 0 if plain else min(set(layers) ^ set(whole)) for layers in others}
-    shared = SharedLayers(model, prepared.task.generates)
-    answers = {}
-    for layers in (whole, *others):
-        share = (shared.replay(common[layers]) if layers in common else
-                 shared.record(max(common.values(), default=0)))
-        with replaced(model, mixers, layers), positions_read(model) as positions, share:
+
+def layer_tokens(prepared, num_layers, layer_sets, plain):
+    """How many layers times tokens are run, and how many without sharing. Padding is not counted,
+    and a generated text counts with its largest length."""
+    _, common = common_layers(layer_sets, plain)
+    rows = [row for batch in prepared.batches for row in batch]
+    rest = sum(tail.length for row in rows for tail in prepared.tails(row))
+    total = sum(row.end for row in rows) + rest
+    shared = total - rest if prepared.task.generates else total
+    full = (1 + len(common)) * num_layers * total
+    return {"run": full - sum(common.values()) * shared, "plain": full}
+
+
+def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):
+    """{layers: {request: answer}} of one batch for each hybrid."""
+    first, common = common_layers(layer_sets, plain)
+    shared = SharedLayers(decoder_layers(model), prepared.task.generates)
+    with replaced(model, mixers, first), shared.run(shared.record, max([0, *common.values()])):
+        answers = {first: answer_batch(model, prepared, batch)}
+    for layers, count in common.items():
+        with replaced(model, mixers, layers), shared.run(shared.replay, count):
             answers[layers] = answer_batch(model, prepared, batch)
-        total = len(shared.layers) * sum(positions)
-        cost["plain"] += total
-        cost["run"] += total - common.get(layers, 0) * shared.positions
     return answers
 
 
@@ -1726,97 +1643,51 @@ def layers_can_be_shared(model, prepared, mixers):
     return repr(shared) == repr(plain)      # NaN is the evaluation's to report
 
 
-@contextlib.contextmanager
-def positions_read(model):
-    """A list to which every forward within the block adds its number of positions, B * T."""
-    positions = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(
-        lambda module, args: positions.append(args[0].numel()))
-    try:
-        yield positions
-    finally:
-        hook.remove()
-
-
 class SharedLayers:
-    """The lower layers that several hybrids have in common on one batch. The first hybrid records
-    these layers' outputs and caches; later hybrids replay them instead of running the layers.
+    """The lower layers that several hybrids have in common on one batch. All hybrids make the same
+    forwards, so a layer's outputs are replayed in the order in which they were recorded. The rest
+    of the model (embeddings, masks, upper layers, head) runs as always. Generation shares only the
+    forward of the prompt, since the texts of two hybrids differ."""
 
-    All hybrids make the same forwards, so a layer's outputs are replayed in their order. The rest
-    of the model (embeddings, masks, upper layers, head) runs as its family's own code. Generation
-    shares only the forward of the prompt, since the texts of two hybrids differ.
-    """
-
-    def __init__(self, model, generates):
-        self.layers, self.generates = decoder_layers(model), generates
-        self.tapes = [[] for _ in self.layers]  # per layer and forward: (output, cache layer)
-        self.positions = 0                      # B * T of all forwards recorded
-
-    def record(self, count):
-        """Within the block, the lowest `count` layers are recorded."""
-        def recorder(i, forward):
-            def record(*args, **kwargs):
-                cache = cache_among(args, kwargs)
-                starts = cache is not None and cache.layers[i].get_seq_length() == 0
-                output = forward(*args, **kwargs)
-                if starts or not self.generates:
-                    self.tapes[i].append((output, copy.copy(cache.layers[i]) if starts else None))
-                    hidden_states = args[0] if args else kwargs["hidden_states"]    # [B, T, C]
-                    self.positions += hidden_states.shape[:2].numel() if i == 0 else 0
-                return output
-            return record
-        return self._with_forwards(count, recorder)
-
-    def replay(self, count):
-        """Within the block, the lowest `count` layers are replayed."""
-        def player(i, forward):
-            tape = iter(self.tapes[i])
-
-            def play(*args, **kwargs):
-                cache = cache_among(args, kwargs)
-                if self.generates and cache.layers[i].get_seq_length() > 0:
-                    return forward(*args, **kwargs)
-                output, cache_layer = next(tape)
-                if cache_layer is not None:
-                    cache.layers[i] = copy.copy(cache_layer)
-                    if not self.generates:      # it is asked for its length alone
-                        cache.layers[i].reorder_cache = lambda rows: None
-                return output
-            return play
-        return self._with_forwards(count, player)
+    def __init__(self, layers, generates):
+        self.layers, self.generates = layers, generates
+        self.tapes = [collections.deque() for _ in layers]  # (output, cache layer) of each forward
 
     @contextlib.contextmanager
-    def _with_forwards(self, count, make):
-        """Within the block, make(i, forward) stands for the forward of each lower layer i."""
-        layers = self.layers[:count]
-        before = [vars(layer).get("forward") for layer in layers]
-        for i, layer in enumerate(layers):
-            layer.forward = make(i, layer.forward)
-        try:
+    def run(self, way, count):
+        """Within the block the lowest `count` layers run by `way`, which is record or replay."""
+        with contextlib.ExitStack() as stack:
+            for i, layer in enumerate(self.layers[:count]):
+                stack.enter_context(mock.patch.object(
+                    layer, "forward", functools.partial(way, i, layer.forward)))
             yield
-        finally:
-            for layer, forward in zip(layers, before):
-                del layer.forward
-                if forward is not None:         # accelerate had put this one there
-                    layer.forward = forward
+
+    def record(self, i, forward, *args, **kwargs):
+        """Run layer i, and keep its output and, from the forward that fills it, its cache."""
+        cache = cache_among(args, kwargs)
+        fills = cache is not None and cache.layers[i].get_seq_length() == 0
+        output = forward(*args, **kwargs)
+        if fills or not self.generates:
+            self.tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
+        return output
+
+    def replay(self, i, forward, *args, **kwargs):
+        """Do as layer i did in the recorded forward whose turn it is."""
+        cache = cache_among(args, kwargs)
+        if self.generates and cache.layers[i].get_seq_length() > 0:
+            return forward(*args, **kwargs)
+        output, cache_layer = self.tapes[i][0]
+        self.tapes[i].rotate(-1)                # the next hybrid replays the same forwards
+        if cache_layer is not None:
+            cache.layers[i] = copy.copy(cache_layer)
+            if not self.generates:              # later forwards ask only for its length
+                cache.layers[i].reorder_cache = lambda places: None
+        return output
 
 
 def cache_among(args, kwargs):
     """The transformers Cache among a layer's arguments, whose name differs between families."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-
-
-def judge(prepared, outputs, metric, layers, allow_code=False):
-    """Turn {request: answer} of all requests into a Score."""
-    items, per_doc = [], []
-    for doc, numbers in zip(prepared.docs, prepared.of_doc):
-        answers = [outputs[i] for i in numbers]
-        if not prepared.task.generates and not all(map(math.isfinite, answers)):
-            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
-                                     f"{layers}")
-        items.append(prepared.task.score(doc, answers, allow_code))
-        per_doc.append(answers)
-    return Score(metric or prepared.task.metric, items, per_doc)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1844,7 +1715,7 @@ def add_task_flags(parser):
 
 
 def find_task(name, args):
-    """A named task, or that of a task file. Raises UserError for what cannot be scored at all."""
+    """A named task, or the task of a file. Raises UserError for what cannot be scored at all."""
     is_file = Path(name).is_file() or name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet"))
     if name in DEMO_TASKS or is_file and not TASKS.named(name):
         given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
@@ -1868,22 +1739,13 @@ def check_metric(task, metric):
     return metric or task.metric
 
 
-def scored_docs(name, task, args):
-    """The documents that eval.py scores: a file's, or the split that the harness reports."""
-    if name in DEMO_TASKS:
-        return file_task(demo_file(name, "test"))[1]
-    return load_docs(task, task.splits[1], args.docs) if task.hub else file_task(name)[1]
-
-
 def prepare(task, docs, model, tokenizer, args, searched=False):
     """Documents of one split with their shots, tokenised and in batches."""
     count = task.shots if args.shots is None else args.shots
     docs, shots = docs[: args.limit], None
-    if count and not task.fixed_shots:
-        pool = load_docs(task, task.shot_split, args.shot_docs)
+    if count or task.fixed_shots:
+        pool = task.fixed_shots or load_docs(task, task.shot_split, args.shot_docs)
         shots = draw_shots(task, docs, count, pool, searched)
-    elif task.fixed_shots and args.shots is not None:
-        shots = draw_shots(task, docs, count, None)
     prepared = Prepared(task, docs, model, tokenizer, args.batch_size, shots, args.bos,
                         args.whole, args.max_gen_toks)
     if prepared.truncated:
@@ -1892,48 +1754,32 @@ def prepare(task, docs, model, tokenizer, args, searched=False):
     return prepared
 
 
-def show_requests(prepared, count):
-    """Print the first requests exactly as the model will see them: text, and tokens."""
-    for number, request in enumerate(prepared.requests[:count]):
-        decoded = prepared.tokenizer.decode(request.tokens)
-        log(f"--- request {number}: {len(request.tokens)} tokens, the last {request.scored} "
-            f"scored {json.dumps(request.limits)}\n{decoded}\n{request.tokens}")
-
-
-def score_task(name, model, tokenizer, args, stem):
-    """Score one task, print its line, write its items to OUT/STEM-items.jsonl -> the result as a
-    dict."""
+def score_task(name, model, tokenizer, args, path):
+    """Score one task, print its line, write its items to `path`, if given -> the result, a dict."""
     task = find_task(name, args)
     metric = check_metric(task, args.metric)
-    prepared = prepare(task, scored_docs(name, task, args), model, tokenizer, args)
-    show_requests(prepared, args.show)
+    docs = load_docs(task, task.splits[1], args.docs) if task.hub else file_task(
+        demo_file(name, "test") if name in DEMO_TASKS else name)[1]
+    prepared = prepare(task, docs, model, tokenizer, args)
+    for number, request in enumerate(prepared.requests[: args.show]):
+        log(f"--- request {number}\n{tokenizer.decode(request.tokens)}\n{request}")
     if task.program:
         log(f"programs run behind a fence: {fence()}")
     score = evaluate(model, prepared, metric, allow_code=args.allow_code_execution)
-    paper_value = (task.paper or {}).get(Path(args.model).name)
+    paper = (task.paper or {}).get(Path(args.model).name)
     result = {"task": name, "split": task.splits[1] if task.hub else name, "n": score.n,
               "metric": metric, "value": score.mean(), "stderr": score.stderr(),
-              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper_value,
+              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper,
               "truncated": prepared.truncated}
     log(f"{name}: {metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; paper: "
-        f"{'no number' if paper_value is None else paper_value}); "
+        f"{'no number' if paper is None else paper}); "
         + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
-    if args.out:
-        path = make_output_dir(args.out) / f"{stem}-items.jsonl"
-        _write_lines(path, [{"place": place_of(doc), "outputs": outputs, **item} for doc, outputs, item
-                            in zip(prepared.docs, score.outputs, score.items)])
+    if path:
+        rows = [{"place": place_of(doc), "outputs": outputs, **item}
+                for doc, outputs, item in zip(prepared.docs, score.outputs, score.items)]
+        write_atomic(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         result["items"] = str(path)
     return result
-
-
-def distinct_stems(names):
-    """The tasks' names as those of their results' files; one that is taken gets a number."""
-    stems = []
-    for name in names:
-        stem = Path(name).stem
-        numbered = (f"{stem}-{i}" for i in range(2, len(names) + 2))
-        stems.append(next(s for s in (stem, *numbered) if s not in stems))
-    return stems
 
 
 def parse_args():
@@ -1949,23 +1795,23 @@ def parse_args():
 
 
 def main():
-    args = parse_args()
-    following = None
+    args, following = parse_args(), None
     if args.model is None:
-        log("demo: scores the demo's teacher; --model and --task score anything else")
-        args.model, args.out = str(make_demo()), args.out or str(DEMO)
-        args.task, following = args.task or "copy,chain", "python distill.py"
+        demo_file("copy", "test")               # refuses where there is no demo
+        args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)
+        args.task, following = args.task or ",".join(DEMO_TASKS), "python distill.py"
     if args.task is None:
-        raise UserError("--task is missing: a .jsonl file, or of "
-                        + ", ".join([*DEMO_TASKS, *TASKS]) + ".")
+        raise UserError("--task is missing (see --help).")
     names = args.task.split(",")
     for name in names:
         check_metric(find_task(name, args), args.metric)
-    if args.out:
-        make_output_dir(args.out)
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):            # files of one name in several folders
+        stems = [f"{number}-{stem}" for number, stem in enumerate(stems, 1)]
+    out = args.out and make_output_dir(args.out)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    results = [score_task(name, model, tokenizer, args, stem)
-               for name, stem in zip(names, distinct_stems(names))]
+    results = [score_task(name, model, tokenizer, args, out and out / f"{stem}-items.jsonl")
+               for name, stem in zip(names, stems)]
     finish({"model": args.model, "linear_layers": linear_layers(model), "dtype": str(model.dtype),
             "device": str(model.device), "settings": {k: getattr(args, k) for k in (
                 "shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")},
