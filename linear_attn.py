@@ -7,17 +7,13 @@ Three mixers, the ones the paper converts to (Distill-then-Replace, arXiv 2601.1
     jet  JetBlock               GatedDeltaNet whose convolution on v has a kernel made per token
 
 each followed by o_t = K^-1/2 S_t^T q_t, a gated RMSNorm per head and the output projection. None
-uses positions. A mixer is made from sizes alone:
+uses positions. A mixer is made from sizes, or from the attention module that it replaces; it then
+inherits the q, k, v and o projections, so that distillation starts near the teacher:
 
     mixer = GatedDeltaNet(hidden_size=256, num_heads=4, head_dim=64)
-    output, _ = mixer(torch.randn(2, 100, 256))                     # [B, T, C] both
-
-or from the attention module that it replaces. By default it then inherits the q, k, v and o
-projections, so that distillation starts near the teacher:
-
+    output, _ = mixer(torch.randn(2, 100, 256))                             # [B, T, C] both
     mixer = MIXERS["gdn"].from_attention(attn, model.config, layer_idx)
     attn = swap(model, layer_idx, mixer)         # put it in; returns the module that was there
-    swap(model, layer_idx, attn)                 # take it out again
     save_hybrid(model, "hybrid", tokenizer)      # an ordinary checkpoint, with this file inside:
     AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
 
@@ -62,28 +58,17 @@ except ImportError:
 # The mixers
 
 CONV_SIZE = 4           # taps of the short causal convolutions (GDN and JetBlock)
-NORM_EPS = 1e-5         # of the output norm
 LOW_RANK = 16           # GLA: width of the decay's bottleneck
 GATE_NORMALIZER = 16    # GLA: log decay = logsigmoid(x) / 16
 MIN_LOG_DECAY = -5.0    # GLA: the kernels are exact down to this log decay per step
 START_LOG_DECAY = (0.01, 0.03)  # inherited start: -log decay per step, spread over the heads
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(nn.RMSNorm):
     """o * rsqrt(mean(o^2) + eps) * weight * silu(gate), per head, in fp32."""
 
-    def __init__(self, head_dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
-
     def forward(self, o, gate):                                     # both [B, T, H, D]
-        return gated_rms_norm(o.to(gate.dtype), self.weight, gate, NORM_EPS)
-
-
-def l2_normalize(x, eps=1e-6):
-    """x / |x| over the last dimension, in fp32 (fp64 for fp64), back in x's dtype."""
-    D = x.shape[-1]
-    return gated_rms_norm(x, eps=eps / D, scale=D ** -0.5)
+        return gated_rms_norm(o.to(gate.dtype), self.weight, gate, self.eps)
 
 
 def inverse_softplus(x):
@@ -92,15 +77,12 @@ def inverse_softplus(x):
 
 def start_decays(num_heads):
     """-log decay per step of each head at the inherited start, evenly spaced in its logarithm."""
-    low, high = (math.log(x) for x in START_LOG_DECAY)
-    return torch.linspace(low, high, num_heads).exp()
+    return torch.linspace(*map(math.log, START_LOG_DECAY), num_heads).exp()
 
 
 def identity_kernel(channels):
     """A convolution kernel [W, channels] that returns the current token."""
-    kernel = torch.zeros(CONV_SIZE, channels)
-    kernel[-1] = 1
-    return kernel
+    return F.pad(torch.ones(1, channels), (0, 0, CONV_SIZE - 1, 0))
 
 
 class LinearAttention(nn.Module):
@@ -109,7 +91,12 @@ class LinearAttention(nn.Module):
     forward(hidden_states [B, T, C]) -> ([B, T, C], None), the form that attention modules of
     transformers return. Their other arguments are understood too: attention_mask, position_ids
     and the cache under any of CACHE_NAMES; ValueError for a mask or a cache that a linear layer
-    cannot use. A subclass defines `add_parameters`, `start_neutral` and `mix`, its recurrence.
+    cannot use.
+
+    A subclass defines its parameters, its neutral start and mix(hidden_states, rows, state) ->
+    (o [B, T, H, D], new state), its recurrence. `state` holds the recurrent state [B, H, D, D]
+    (fp32) and the convolution's tail [B, W-1, channels], each None where a text begins. `rows`
+    says where padding stands (see Rows); None if there is none and each row is one text.
     """
 
     def __init__(self, hidden_size, num_heads, head_dim, biases=(False,) * 4, layer_idx=0, seed=0):
@@ -127,7 +114,7 @@ class LinearAttention(nn.Module):
         self.register_module("k_norm", None)
         # A bias keeps the gate open at the start: silu(0) = 0 would mute the output.
         self.g_proj = nn.Linear(hidden_size, width)
-        self.o_norm = GatedRMSNorm(head_dim)
+        self.o_norm = GatedRMSNorm(head_dim, eps=1e-5)
         self.add_parameters(hidden_size, width)
         if seed is not None:
             with torch.no_grad():
@@ -172,21 +159,18 @@ class LinearAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
-    def mix(self, hidden_states, rows=None, state=(None, None)):
-        """The recurrence: o [B, T, H, D] and the new state. `state` is the recurrent state
-        [B, H, D, D] (fp32) and the convolution's tail [B, W-1, channels], each None at the start of
-        a text. `rows`: see Rows; None where no token is padding and each row is one text."""
-        raise NotImplementedError
-
     def head_outputs(self, hidden_states, rows=None, past=None):
         """The input of o_proj, [B, T, H * D]. The mixer's output is linear in o_proj, so these are
         the features of the closed-form start (distill.py). `past`, if given, is an object whose
-        `state` (as for mix) and `seen` (tokens so far) are read and renewed."""
-        x = hidden_states if rows is None else rows.gather(hidden_states)               # [B, R, C]
+        `state` and `seen` (tokens so far) are read and renewed."""
+        x = hidden_states
+        if rows is not None:
+            x = x.take_along_dim(rows.order, 1)                                     # [B, R, C]
         o, state = self.mix(x, rows, (None, None) if past is None else past.state)
         if past is not None:
             past.state, past.seen = state, past.seen + hidden_states.shape[1]
-        o = o if rows is None else rows.scatter(o)                                  # [B, T, H, D]
+        if rows is not None:
+            o = o.take_along_dim(rows.place, 1)                                     # [B, T, H, D]
         return self.o_norm(o, self.heads(self.g_proj(hidden_states))).flatten(-2)
 
     def forward(self, hidden_states, *args, **kwargs):
@@ -269,7 +253,8 @@ class GatedDeltaNet(LinearAttention):
     def mix(self, hidden_states, rows=None, state=(None, None)):
         conv = causal_conv if rows is None else rows.causal_conv
         q, k, v, tail = self.convolve(hidden_states, conv, state[1])
-        q, k = l2_normalize(self.heads(q)), l2_normalize(self.heads(k))
+        q, k = (gated_rms_norm(self.heads(x), eps=1e-6 / self.head_dim, scale=self.head_dim ** -0.5)
+                for x in (q, k))                                        # [B, T, H, D], |x| = 1
         beta = self.b_proj(hidden_states).float().sigmoid()             # [B, T, H]
         step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         g = -self.A_log.float().exp() * step                            # [B, T, H]
@@ -315,50 +300,49 @@ class UserError(ValueError):
 
 
 def decoder_layers(model):
-    """The decoder's list of layers (nn.ModuleList). Raises UserError if there is not exactly one."""
+    """The decoder's list of layers (nn.ModuleList). Raises UserError if the model has not one."""
     name, decoder = type(model).__name__, model.get_decoder()
     n = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for path, m in decoder.named_modules()       # lists inside a layer have a number
              if isinstance(m, nn.ModuleList) and len(m) == n    # in their path: experts, norms
              and not any(part.isdigit() for part in path.split("."))]
     if len(lists) != 1:
-        raise UserError(f"{name}: looked for one list of {n} layers in its decoder, "
-                        f"found {len(lists)}; this model cannot be converted.")
+        raise UserError(f"{name} cannot be converted: its decoder has {len(lists)} lists of {n} "
+                        "layers, not one.")
     return lists[0]
 
 
 def attention_slots(model):
     """Where the attention of every decoder layer sits: [(layer, name of its child)], in order.
     Raises UserError if the model's layers are not of the usual form."""
-    if model.config.model_type in ("bloom", "mpt"):  # residual added inside; mask inverted
-        raise UserError(f"{type(model).__name__}: its attention takes more than hidden states and "
-                        "a mask in the usual form, so no linear module can stand in for it.")
+    name, slots = type(model).__name__, []
+    if model.config.model_type in ("bloom", "mpt"):
+        raise UserError(f"{name} cannot be converted: its attention adds the residual itself or "
+                        "takes an inverted mask.")
     if any(isinstance(layer, LinearAttentionCacheLayerMixin)
            for layer in DynamicCache(config=model.config).layers):
-        raise UserError(f"{type(model).__name__}: it has linear layers, or states beside its "
-                        "attention, of its own; this model cannot be converted.")
-    slots = []
-    for layer_idx, layer in enumerate(decoder_layers(model)):
-        names = [name for name, _ in layer.named_children() if name in ATTENTION_NAMES]
-        if len(names) != 1:
-            raise UserError(f"{type(model).__name__}: looked in layer {layer_idx} for one child "
-                            f"named {', '.join(ATTENTION_NAMES)}, found {len(names)}; this model "
-                            "cannot be converted.")
-        slots.append((layer, names[0]))
+        raise UserError(f"{name} cannot be converted: it already has linear layers, or states "
+                        "beside its attention.")
+    for i, layer in enumerate(decoder_layers(model)):
+        found = [child for child, _ in layer.named_children() if child in ATTENTION_NAMES]
+        if len(found) != 1:
+            raise UserError(f"{name} cannot be converted: its layer {i} has {len(found)} children "
+                            f"named {' or '.join(ATTENTION_NAMES)}, not one.")
+        slots.append((layer, found[0]))
     return slots
 
 
 def attention_modules(model):
     """The attention module of every decoder layer, softmax or linear, in order."""
-    return [getattr(layer, name) for layer, name in attention_slots(model)]
+    return [getattr(*slot) for slot in attention_slots(model)]
 
 
 def swap(model, layer_idx, module):
     """Put `module` in the place of layer `layer_idx`'s attention, by reference, in O(1).
     Returns the module that was there; swapping that back in restores the model."""
-    layer, name = attention_slots(model)[layer_idx]
-    previous = getattr(layer, name)
-    setattr(layer, name, module)
+    slot = attention_slots(model)[layer_idx]
+    previous = getattr(*slot)
+    setattr(*slot, module)
     return previous
 
 
@@ -379,13 +363,10 @@ def replaced(model, mixers, layers):
 # ------------------------------------------------------------------------------------------------
 # From the teacher's attention to a mixer
 
-# Modules in which q, k and v share one projection: its name, and whether its rows go [q ... q k v]
-# for each key/value head in turn, or all of q, all of k, all of v.
-FUSED = {"GPT2Attention": ("c_attn", False), "Phi3Attention": ("qkv_proj", False),
-         "GPTNeoXAttention": ("query_key_value", True),
-         "FalconAttention": ("query_key_value", True),
-         "PersimmonAttention": ("query_key_value", True),
-         "GPTBigCodeAttention": ("c_attn", True)}
+# Modules in which q, k and v share one projection, whose rows go [q ... q k v] for each key/value
+# head in turn, or else all of q, all of k, all of v.
+FUSED_BY_HEAD = ("GPTNeoXAttention", "FalconAttention", "PersimmonAttention", "GPTBigCodeAttention")
+FUSED_IN_BLOCKS = ("GPT2Attention", "Phi3Attention")
 
 
 def head_dim_of(attn, config):
@@ -401,51 +382,41 @@ def repeat_heads(rows, num_heads, head_dim):
     return heads.repeat_interleave(num_heads // len(heads), dim=0).flatten(0, 1)
 
 
-def _projection(linear):
-    """(weight [out, in], bias [out] or None)"""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight, linear.bias
-
-
-def _unfused(attn, num_heads, head_dim):
-    """q, k and v out of a fused projection of (H + 2 kv_heads) * D rows."""
-    name, by_group = FUSED[type(attn).__name__]
-    weight, bias = _projection(getattr(attn, name))
-    kv_heads = (len(weight) // head_dim - num_heads) // 2
-
-    def split(rows):
-        if not by_group:
-            return rows.split([n * head_dim for n in (num_heads, kv_heads, kv_heads)])
-        groups = rows.unflatten(0, (kv_heads, -1, head_dim))        # [kv_heads, H/kv_heads + 2, D]
-        return [part.flatten(0, 2) for part in groups.split([num_heads // kv_heads, 1, 1], dim=1)]
-
-    return list(zip(split(weight), (None,) * 3 if bias is None else split(bias)))
+def _unfused(rows, by_head, num_heads, head_dim):
+    """q, k and v of a fused weight or bias, [(H + 2 kv_heads) * D, ...]."""
+    kv_heads = (len(rows) // head_dim - num_heads) // 2
+    if not by_head:
+        return rows.split([n * head_dim for n in (num_heads, kv_heads, kv_heads)])
+    groups = rows.unflatten(0, (kv_heads, -1, head_dim))            # [kv_heads, H/kv_heads + 2, D]
+    return [part.flatten(0, 2) for part in groups.split([num_heads // kv_heads, 1, 1], dim=1)]
 
 
 def teacher_projections(attn, config):
     """[q, k, v, o] of a softmax-attention module, each (weight [out, in], bias [out] or None), heads
     in order, those of k and v repeated, before norms and RoPE. UserError for an unknown layout."""
     attn = getattr(attn, "attention", attn)     # GPT-Neo wraps its attention once more
-    out = next((getattr(attn, name) for name in ("o_proj", "out_proj", "dense", "c_proj")
-                if isinstance(getattr(attn, name, None), (nn.Linear, Conv1D))), None)
-    separate = [getattr(attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    dim, qkv = head_dim_of(attn, config), None
-    if all(isinstance(linear, nn.Linear) for linear in separate):
-        qkv = [_projection(linear) for linear in separate]
-    elif type(attn).__name__ in FUSED:
-        qkv = _unfused(attn, config.num_attention_heads, dim)
-    if qkv is not None and out is not None:
+    linear = {name: (m.weight.T if isinstance(m, Conv1D) else m.weight, m.bias)
+              for name, m in attn.named_children() if isinstance(m, (nn.Linear, Conv1D))}
+    first = lambda *names: next((linear[name] for name in names if name in linear), None)
+    out, fused = first("o_proj", "out_proj", "dense", "c_proj"), first(
+        "c_attn", "qkv_proj", "query_key_value")
+    qkv, kind, dim = [first(f"{x}_proj") for x in "qkv"], type(attn).__name__, head_dim_of(attn, config)
+    if fused and kind in FUSED_BY_HEAD + FUSED_IN_BLOCKS:
+        split = lambda rows: (None,) * 3 if rows is None else _unfused(
+            rows, kind in FUSED_BY_HEAD, config.num_attention_heads, dim)
+        qkv = list(zip(*map(split, fused)))
+    if out and all(qkv):
         q, k, v = (len(weight) for weight, _ in qkv)
-        if q == _projection(out)[0].shape[1] and k == v and q % k == 0 == k % dim:
-            repeat = functools.partial(repeat_heads, num_heads=q // dim, head_dim=dim)
-            return [(repeat(weight), None if bias is None else repeat(bias))
-                    for weight, bias in qkv] + [_projection(out)]
-    raise UserError(f"{type(attn).__name__}: the layout of its q, k, v projections is not known "
-                    "here, so they cannot be inherited; use --init random.")
+        if q == out[0].shape[1] and k == v and q % k == 0 == k % dim:
+            repeat = lambda rows: None if rows is None else repeat_heads(rows, q // dim, dim)
+            return [(repeat(weight), repeat(bias)) for weight, bias in qkv] + [out]
+    raise UserError(f"{kind}: the layout of its q, k, v projections is not known here, so they "
+                    "cannot be inherited; use --init random.")
 
 
-def _teacher_norm(attn, names, num_heads, head_dim):
+def _teacher_norm(attn, name, num_heads, head_dim):
     """A copy of the teacher's norm of q or k, widened to all heads if it spans them; or None."""
-    norm = next((getattr(attn, n) for n in names if getattr(attn, n, None) is not None), None)
+    norm = getattr(attn, f"{name}_norm", None) or getattr(attn, f"{name}_layernorm", None)
     if norm is None:
         return None
     weight = getattr(norm, "weight", None)
@@ -454,24 +425,10 @@ def _teacher_norm(attn, names, num_heads, head_dim):
                         "known here, so it cannot be inherited; use --init random.")
     norm = copy.deepcopy(norm)
     if weight.numel() != head_dim:  # over the whole projection (OLMo 2), or [heads, D] (Cohere)
-        for name, parameter in norm.named_parameters():
+        for key, parameter in norm.named_parameters():
             rows = repeat_heads(parameter.detach().flatten(), num_heads, head_dim)
-            setattr(norm, name, nn.Parameter(rows.view(-1, *parameter.shape[1:])))
+            setattr(norm, key, nn.Parameter(rows.view(-1, *parameter.shape[1:])))
     return norm
-
-
-def inherit(mixer, attn, teacher):
-    """Give `mixer` the projections, norms and clipping of `attn`; new parameters start neutral."""
-    for linear, (weight, bias) in zip((mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj),
-                                      teacher):
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-    heads = mixer.num_heads, mixer.head_dim
-    mixer.q_norm = _teacher_norm(attn, ("q_norm", "q_layernorm"), *heads)
-    mixer.k_norm = _teacher_norm(attn, ("k_norm", "k_layernorm"), *heads)
-    mixer.clip_qkv = getattr(mixer.config, "clip_qkv", None)            # OLMo
-    mixer.start_neutral()
 
 
 @torch.no_grad()
@@ -480,15 +437,23 @@ def mixer_from_attention(mixer_class, attn, config, layer_idx, init, seed):
     if init not in ("inherit", "random"):
         raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
     config, like = config.get_text_config(decoder=True), next(attn.parameters())
-    num_heads, head_dim, biases = config.num_attention_heads, head_dim_of(attn, config), [False] * 4
+    heads, biases = (config.num_attention_heads, head_dim_of(attn, config)), [False] * 4
     if init == "inherit":
         teacher = teacher_projections(attn, config)
-        num_heads, biases = len(teacher[0][0]) // head_dim, [bias is not None for _, bias in teacher]
+        heads = len(teacher[0][0]) // heads[1], heads[1]
+        biases = [bias is not None for _, bias in teacher]
     with torch.device(like.device):
-        mixer = mixer_class(config.hidden_size, num_heads, head_dim, biases, layer_idx, seed)
+        mixer = mixer_class(config.hidden_size, *heads, biases, layer_idx, seed)
         mixer.config, mixer.init = config, init
         if init == "inherit":
-            inherit(mixer, attn, teacher)
+            linears = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
+            for linear, (weight, bias) in zip(linears, teacher):
+                linear.weight.copy_(weight)
+                if bias is not None:
+                    linear.bias.copy_(bias)
+            mixer.q_norm, mixer.k_norm = (_teacher_norm(attn, x, *heads) for x in "qk")
+            mixer.clip_qkv = getattr(config, "clip_qkv", None)      # OLMo
+            mixer.start_neutral()
     return mixer.to(like.dtype)
 
 
@@ -498,33 +463,25 @@ def mixer_from_attention(mixer_class, attn, config, layer_idx, init, seed):
 GAP = 21                # padded tokens between documents: exp(-5 * 21) is 0 in fp32
 
 
-def _visible(mask):
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+def read_mask(attention_mask, T, packs):
+    """(real, first), bool [B, T] each: the tokens of a call that are not padding, and the real ones
+    that begin another document of their row; None for `first` if the rows do not hold several.
 
-
-def padding_mask(attention_mask, length):
-    """Which of the last `length` tokens are real: bool [B, length].
-
-    attention_mask is the one that an attention module gets: [B, K], or [B, 1, Q, K] (bool, or float
-    with the lowest number where masked), whose last keys are the queries' own. In the last form a
-    token is real if and only if it may attend to itself.
+    attention_mask is [B, K], or [B, 1, T, K] (bool, or float with the lowest number where masked);
+    its last T keys are the tokens of the call. In the second form a real token may attend to
+    itself, and to the real token before it unless it begins a document.
     """
     if attention_mask.dim() == 2:
-        return attention_mask[:, -length:].bool()
-    queries, keys = attention_mask.shape[-2:]
-    return _visible(attention_mask[:, 0].diagonal(keys - queries, -2, -1))          # [B, Q]
-
-
-def document_starts(attention_mask, real):
-    """Which real tokens begin another document of their row (packing): bool [B, Q]. They may not
-    attend to the real token before them. attention_mask: [B, 1, Q, K]; real: its padding_mask."""
-    queries, keys = attention_mask.shape[-2:]
-    token = torch.arange(queries, device=real.device)
-    latest = torch.where(real, token, -1).cummax(1).values                          # [B, Q]
-    before = F.pad(latest[:, :-1], (1, 0), value=-1)        # the last real token before each token
-    key = (before.clamp(min=0) + keys - queries).unsqueeze(-1)                      # [B, Q, 1]
-    seen = _visible(attention_mask[:, 0].take_along_dim(key, 2)).squeeze(-1)
-    return real & (before >= 0) & ~seen
+        return attention_mask[:, -T:].bool(), None
+    mask = attention_mask[:, 0, :, -T:]                                             # [B, T, T]
+    visible = lambda x: x if x.dtype == torch.bool else x > torch.finfo(x.dtype).min / 2
+    real = visible(mask.diagonal(dim1=1, dim2=2))
+    if not packs:
+        return real, None
+    token = torch.where(real, torch.arange(T, device=mask.device), -1)
+    before = F.pad(token.cummax(1).values[:, :-1], (1, 0), value=-1)    # the last real one, or -1
+    seen = visible(mask.take_along_dim(before.clamp(min=0).unsqueeze(-1), 2)).squeeze(-1)
+    return real, real & (before >= 0) & ~seen
 
 
 class Rows:
@@ -532,35 +489,27 @@ class Rows:
     several documents: in each of B rows of R >= T places stand the real tokens in order, then the
     padded ones. Before another document stands a gap of GAP places, in which all is forgotten.
 
-        place   [B, T]          the place of each token
+        place   [B, T, 1, 1]    the place of each token
         order   [B, R, 1]       its inverse: the token at each place
         real    [B, R, 1] bool  the places of real tokens
         forget  [B, R, 1]       the log decay at the other places: 0, in gaps MIN_LOG_DECAY
     """
 
-    def __init__(self, real, first=None):
-        """real [B, T] bool: not padding. first [B, T] bool: real tokens that begin another document.
-        Their number decides R, so a host waits here for its GPU."""
-        T, most = real.shape[1], 0
+    def __init__(self, real, first):
+        """Of masks as read_mask returns them. If `first` is given, the number of documents decides
+        R, so a host waits here for its GPU."""
+        B, T = real.shape
         place = torch.where(real, real.cumsum(1), real.sum(1, keepdim=True) + (~real).cumsum(1)) - 1
-        if first is not None:
-            most, shift = int(first.sum(1).max()), GAP * first.cumsum(1)
-            place = place + torch.where(real, shift, shift[:, -1:])
-        empty = place.new_zeros(len(place), T + GAP * most)                         # [B, R]
-        taken = empty.bool().scatter(1, place, True)
-        gap = ~taken & (torch.arange(empty.shape[1], device=place.device) < place.amax(1, True))
-        token = torch.arange(T, device=place.device).expand_as(place)
-        self.place, self.order = place, empty.scatter(1, place, token).unsqueeze(-1)
-        self.real = empty.bool().scatter(1, place, real).unsqueeze(-1)
-        self.forget = torch.where(gap, MIN_LOG_DECAY, 0.0).unsqueeze(-1)
-
-    def gather(self, x):
-        """x [B, T, C] laid out, [B, R, C]."""
-        return x.take_along_dim(self.order, 1)
-
-    def scatter(self, o):
-        """o [B, R, H, D] in the order of the call, [B, T, H, D]."""
-        return o.take_along_dim(self.place[:, :, None, None], 1)
+        shift = GAP * (torch.zeros_like(place) if first is None else first.cumsum(1))
+        place = place + torch.where(real, shift, shift[:, -1:])                     # [B, T]
+        R = T if first is None else T + int(shift.max())
+        blank, number = place.new_zeros(B, R), torch.arange(R, device=place.device)
+        beyond = number > place.amax(1, keepdim=True)
+        kept = beyond.scatter(1, place, True)                       # [B, R], the rest are gaps
+        self.place = place[:, :, None, None]
+        self.order = blank.scatter(1, place, number[:T].expand(B, T)).unsqueeze(-1)
+        self.real = blank.bool().scatter(1, place, real).unsqueeze(-1)
+        self.forget = torch.where(kept, 0.0, MIN_LOG_DECAY).unsqueeze(-1)
 
     def written(self, x):
         """k, beta or a convolution's input, [B, R, channels]: only a real token writes."""
@@ -572,13 +521,12 @@ class Rows:
 
     def causal_conv(self, x, kernel, cache, activation):
         """kernels.causal_conv of x [B, R, D]; the new cache ends with the last real token."""
-        x, W = self.written(x), kernel.shape[-2]
-        y, _ = causal_conv(x, kernel, cache, activation)
+        x, R, W = self.written(x), x.shape[1], kernel.shape[-2]
         before = x.new_zeros(len(x), W - 1, x.shape[-1]) if cache is None else cache.to(x.dtype)
-        number = torch.arange(1, x.shape[1] + W, device=x.device).unsqueeze(-1)     # [R+W-1, 1]
-        last = (self.real * number[:x.shape[1]]).amax(1, keepdim=True)      # [B, 1, 1], 0 for none
-        tail = torch.cat([before, x], 1).take_along_dim(last + number[:W - 1] - 1, 1)
-        return y, tail                                                      # [B, W-1, D]
+        number = torch.arange(R + 1, device=x.device).unsqueeze(-1)                 # [R+1, 1]
+        end = (self.real * number[1:]).amax(1, keepdim=True)    # [B, 1, 1], after the last real one
+        tail = torch.cat([before, x], 1).take_along_dim(end + torch.arange(W - 1, device=x.device)[:, None], 1)
+        return causal_conv(x, kernel, cache, activation)[0], tail
 
 
 # The names under which attention modules get the cache: 5.24's, the one before, some families'
@@ -638,11 +586,6 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     lazy_initialization = update_conv_state = update_recurrent_state = update
 
-    def offload(self):
-        """Nothing to do: the state is small and stays on its device."""
-
-    prefetch = offload
-
 
 def cache_layer(cache, layer_idx):
     """The LinearCacheLayer at `layer_idx` of a transformers Cache, put there at first use."""
@@ -651,15 +594,14 @@ def cache_layer(cache, layer_idx):
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
-    if isinstance(layer, LinearCacheLayer):
-        return layer
     if isinstance(layer, StaticLayer):
         raise ValueError("a hybrid cannot use a static cache; leave cache_implementation unset.")
-    if layer.get_seq_length() > 0:
-        raise ValueError(f"layer {layer_idx} of this cache already holds keys and values of a "
-                         "softmax layer: make a new cache after swapping layers.")
-    cache.layers[layer_idx] = LinearCacheLayer()
-    return cache.layers[layer_idx]
+    if not isinstance(layer, LinearCacheLayer):
+        if layer.get_seq_length() > 0:
+            raise ValueError(f"layer {layer_idx} of this cache already holds keys and values of a "
+                             "softmax layer: make a new cache after swapping layers.")
+        layer = cache.layers[layer_idx] = LinearCacheLayer()
+    return layer
 
 
 def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kwargs):
@@ -669,27 +611,22 @@ def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kw
     Packed documents show in the mask. Flash attention gets no mask and knows them, in a batch of
     one, by their positions. Both are looked at only in the first call of a text.
     """
-    unknown = [name for name, value in kwargs.items()
-               if isinstance(value, Cache) and name not in CACHE_NAMES]
+    caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+    unknown = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if unknown:
         raise ValueError(f"a linear layer got a cache under the unknown name {unknown[0]!r}: "
                          f"transformers {KNOWN} are known to work, this is "
                          f"{transformers.__version__}.")
-    caches = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
     past = cache_layer(caches[0], mixer.layer_idx) if caches else None
-    (B, T, _), first = hidden_states.shape, None
-    packs = T > 1 and (past is None or past.seen == 0)
+    (B, T, _), begins = hidden_states.shape, past is None or past.seen == 0
     if isinstance(attention_mask, torch.Tensor):
-        attention_mask = attention_mask.expand(B, *attention_mask.shape[1:])
-        real = padding_mask(attention_mask, T)
-        if packs and attention_mask.dim() == 4:
-            first = document_starts(attention_mask, real)
-        return Rows(real, first), past
+        mask = attention_mask.expand(B, *attention_mask.shape[1:])
+        return Rows(*read_mask(mask, T, packs=begins)), past
     if attention_mask is not None:
         raise ValueError(f"a linear layer cannot read a mask of type "
                          f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
     flash = "flash" in str(getattr(mixer.config, "_attn_implementation", None))
-    if flash and packs and B == 1 and position_ids is not None and position_ids.dim() == 2:
+    if flash and begins and B == 1 and position_ids is not None and position_ids.dim() == 2:
         first = F.pad(position_ids.diff(dim=1) <= 0, (1, 0))
         return Rows(torch.ones_like(first), first), past
     return None, past
@@ -772,26 +709,6 @@ def linear_layers(model):
     return sorted(m.layer_idx for m in model.modules() if isinstance(m, LinearAttention))
 
 
-@contextlib.contextmanager
-def _as_hybrid(model):
-    """Within the block, `model` is of its Hybrid class; the weights are not copied."""
-    model_class, config_class = type(model), type(model.config)
-    names = {mixer: name for name, mixer in MIXERS.items()}
-    layers, attention = linear_layers(model), attention_modules(model)
-    fields = {"linear_layers": layers, "linear_init": [attention[i].init for i in layers],
-              "linear_attn": [names[type(attention[i])] for i in layers]}
-    model.__class__ = hybrid_class(model_class)
-    model.config.__class__ = model.config_class
-    for name, value in fields.items():
-        setattr(model.config, name, value)
-    try:
-        yield
-    finally:
-        model.config.__class__, model.__class__ = config_class, model_class
-        for name in [*fields, "auto_map"]:
-            model.config.__dict__.pop(name, None)
-
-
 def check_savable(model):
     """Raise UserError if `model`'s class is not one of transformers' own."""
     if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -802,10 +719,22 @@ def check_savable(model):
 def save_hybrid(model, directory, tokenizer=None):
     """Save `model` with the mixers that are swapped in, as an ordinary checkpoint (safetensors,
     config, this file and kernels.py). Without any mixer, the base model is saved."""
-    if linear_layers(model):
+    layers, fields, classes = linear_layers(model), {}, (type(model), type(model.config))
+    if layers:
         check_savable(model)
-    with _as_hybrid(model) if linear_layers(model) else contextlib.nullcontext():
+        mixers = [attention_modules(model)[i] for i in layers]
+        names = {mixer: name for name, mixer in MIXERS.items()}
+        fields = {"linear_layers": layers, "linear_init": [mixer.init for mixer in mixers],
+                  "linear_attn": [names[type(mixer)] for mixer in mixers]}
+        model.__class__ = hybrid_class(classes[0])      # the weights are not copied
+        model.config.__class__ = model.config_class
+    try:
+        vars(model.config).update(fields)
         model.save_pretrained(directory)
+    finally:
+        model.__class__, model.config.__class__ = classes
+        for name in [*fields, "auto_map"] if layers else ():
+            vars(model.config).pop(name, None)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
