@@ -37,14 +37,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 KNOWN = "5.5.4 to 5.24.0"      # the versions of transformers that were tried
+VERSIONS = f"transformers {KNOWN} are known to work, this is {transformers.__version__}"
 
 try:
     from transformers.cache_utils import (
-        Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin,
-        StaticLayer)
+        Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer)
 except ImportError as error:
-    raise ImportError(f"linear attention needs a cache that holds states: transformers {KNOWN} "
-                      f"are known to work, this is {transformers.__version__}.") from error
+    raise ImportError(f"linear attention needs a cache that holds states: {VERSIONS}.") from error
 from transformers.generation import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -199,7 +198,7 @@ class GatedLinearAttention(LinearAttention):
         g = F.logsigmoid(self.decay_up(self.decay_down(hidden_states)).float()) / GATE_NORMALIZER
         g = g.clamp(min=MIN_LOG_DECAY)                                      # [B, T, H * D]
         if rows is not None:
-            k, g = rows.written(k), rows.decays(g)
+            k, g = torch.where(rows.real, k, 0), torch.where(rows.real, g, rows.forget)
         o, recurrent = gated_linear_attention(*map(self.heads, (q, k, v, g)), state[0])
         return o, (recurrent, None)
 
@@ -259,7 +258,7 @@ class GatedDeltaNet(LinearAttention):
         step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         g = -self.A_log.float().exp() * step                            # [B, T, H]
         if rows is not None:
-            beta, g = rows.written(beta), rows.decays(g)
+            beta, g = torch.where(rows.real, beta, 0), torch.where(rows.real, g, rows.forget)
         o, recurrent = gated_delta_rule(q, k, self.heads(v), g, beta, state[0])
         return o, (recurrent, tail)
 
@@ -290,7 +289,7 @@ MIXERS = {"gla": GatedLinearAttention, "gdn": GatedDeltaNet, "jet": JetBlock}
 
 
 # ------------------------------------------------------------------------------------------------
-# Where the attention of a transformers model sits
+# The softmax attention of a transformers model: where it sits, and a mixer made from it
 
 ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 
@@ -303,9 +302,8 @@ def decoder_layers(model):
     """The decoder's list of layers (nn.ModuleList). Raises UserError if the model has not one."""
     name, decoder = type(model).__name__, model.get_decoder()
     n = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for path, m in decoder.named_modules()       # lists inside a layer have a number
-             if isinstance(m, nn.ModuleList) and len(m) == n    # in their path: experts, norms
-             and not any(part.isdigit() for part in path.split("."))]
+    lists = [m for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList)
+             and len(m) == n and not any(map(str.isdigit, path.split(".")))]    # not in a layer
     if len(lists) != 1:
         raise UserError(f"{name} cannot be converted: its decoder has {len(lists)} lists of {n} "
                         "layers, not one.")
@@ -360,9 +358,6 @@ def replaced(model, mixers, layers):
             setattr(*slots[layer], attn)
 
 
-# ------------------------------------------------------------------------------------------------
-# From the teacher's attention to a mixer
-
 # Modules in which q, k and v share one projection, whose rows go [q ... q k v] for each key/value
 # head in turn, or else all of q, all of k, all of v.
 FUSED_BY_HEAD = ("GPTNeoXAttention", "FalconAttention", "PersimmonAttention", "GPTBigCodeAttention")
@@ -392,19 +387,19 @@ def _unfused(rows, by_head, num_heads, head_dim):
 
 
 def teacher_projections(attn, config):
-    """[q, k, v, o] of a softmax-attention module, each (weight [out, in], bias [out] or None), heads
-    in order, those of k and v repeated, before norms and RoPE. UserError for an unknown layout."""
+    """[q, k, v, o] of a softmax-attention module, each (weight [out, in], bias [out] or None),
+    before norms and RoPE; heads in order, those of k and v repeated. UserError if unknown."""
     attn = getattr(attn, "attention", attn)     # GPT-Neo wraps its attention once more
     linear = {name: (m.weight.T if isinstance(m, Conv1D) else m.weight, m.bias)
               for name, m in attn.named_children() if isinstance(m, (nn.Linear, Conv1D))}
     first = lambda *names: next((linear[name] for name in names if name in linear), None)
-    out, fused = first("o_proj", "out_proj", "dense", "c_proj"), first(
-        "c_attn", "qkv_proj", "query_key_value")
-    qkv, kind, dim = [first(f"{x}_proj") for x in "qkv"], type(attn).__name__, head_dim_of(attn, config)
-    if fused and kind in FUSED_BY_HEAD + FUSED_IN_BLOCKS:
+    kind, dim = type(attn).__name__, head_dim_of(attn, config)
+    out, qkv = first("o_proj", "out_proj", "dense", "c_proj"), [first(f"{x}_proj") for x in "qkv"]
+    if kind in FUSED_BY_HEAD + FUSED_IN_BLOCKS:
+        weight, bias = first("c_attn", "qkv_proj", "query_key_value")
         split = lambda rows: (None,) * 3 if rows is None else _unfused(
             rows, kind in FUSED_BY_HEAD, config.num_attention_heads, dim)
-        qkv = list(zip(*map(split, fused)))
+        qkv = list(zip(split(weight), split(bias)))
     if out and all(qkv):
         q, k, v = (len(weight) for weight, _ in qkv)
         if q == out[0].shape[1] and k == v and q % k == 0 == k % dim:
@@ -488,6 +483,7 @@ class Rows:
     """The tokens [B, T] of a call laid out for a mixer, where some are padding or a row holds
     several documents: in each of B rows of R >= T places stand the real tokens in order, then the
     padded ones. Before another document stands a gap of GAP places, in which all is forgotten.
+    Only real tokens write (k, beta and the convolution's inputs are 0 elsewhere).
 
         place   [B, T, 1, 1]    the place of each token
         order   [B, R, 1]       its inverse: the token at each place
@@ -511,21 +507,14 @@ class Rows:
         self.real = blank.bool().scatter(1, place, real).unsqueeze(-1)
         self.forget = torch.where(kept, 0.0, MIN_LOG_DECAY).unsqueeze(-1)
 
-    def written(self, x):
-        """k, beta or a convolution's input, [B, R, channels]: only a real token writes."""
-        return x.masked_fill(~self.real, 0)
-
-    def decays(self, g):
-        """Log decays [B, R, channels]: padding forgets nothing, a gap everything."""
-        return torch.where(self.real, g, self.forget)
-
     def causal_conv(self, x, kernel, cache, activation):
         """kernels.causal_conv of x [B, R, D]; the new cache ends with the last real token."""
-        x, R, W = self.written(x), x.shape[1], kernel.shape[-2]
-        before = x.new_zeros(len(x), W - 1, x.shape[-1]) if cache is None else cache.to(x.dtype)
-        number = torch.arange(R + 1, device=x.device).unsqueeze(-1)                 # [R+1, 1]
-        end = (self.real * number[1:]).amax(1, keepdim=True)    # [B, 1, 1], after the last real one
-        tail = torch.cat([before, x], 1).take_along_dim(end + torch.arange(W - 1, device=x.device)[:, None], 1)
+        (B, R, D), W = x.shape, kernel.shape[-2]
+        x = torch.where(self.real, x, 0)
+        before = x.new_zeros(B, W - 1, D) if cache is None else cache.to(x.dtype)
+        number = torch.arange(R + W, device=x.device).unsqueeze(-1)
+        end = (self.real * number[1:R + 1]).amax(1, keepdim=True)       # [B, 1, 1], real tokens
+        tail = torch.cat([before, x], 1).take_along_dim(end + number[:W - 1], 1)    # [B, W-1, D]
         return causal_conv(x, kernel, cache, activation)[0], tail
 
 
@@ -535,20 +524,15 @@ NO_CONTINUOUS_BATCHING = ("a hybrid's states do not fit into the pages of contin
                           "(generate_batch): use generate() on a padded batch.")
 
 
-class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+class LinearCacheLayer(DynamicLayer):
     """One linear layer's memory inside a transformers Cache: `state`, the recurrent state
-    [B, H, D, D] (fp32) and the convolution's tail [B, W-1, channels], and the tokens `seen`.
-    Tensors are replaced, never written in place.
+    [B, H, D, D] (fp32) and the convolution's tail [B, W-1, channels], and the tokens `seen`, from
+    which transformers takes the sizes of masks. Tensors are replaced, never written in place."""
 
-    transformers takes the sizes of masks from a softmax layer if there is one, because of the first
-    base class, and otherwise from `seen` of this layer, because of the second.
-    """
-
-    is_compileable = is_sliding = is_croppable = False
+    is_croppable = supports_early_init = False
 
     def __init__(self):
-        LinearAttentionCacheLayerMixin.__init__(self)
-        CacheLayerMixin.__init__(self)
+        super().__init__()
         self.reset()
 
     def reset(self):
@@ -556,12 +540,6 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def get_seq_length(self):
         return self.seen
-
-    def get_mask_sizes(self, query_length):
-        return self.seen + query_length, 0
-
-    def get_max_cache_shape(self):      # transformers before 5.13 asks for it
-        return -1
 
     def _each_tensor(self, function):
         self.state = tuple(None if t is None else function(t) for t in self.state)
@@ -583,8 +561,6 @@ class LinearCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def update(self, *args, **kwargs):
         raise RuntimeError("this cache already holds a linear layer's state here, but a softmax "
                            "layer wants to use it: make a new cache after swapping layers.")
-
-    lazy_initialization = update_conv_state = update_recurrent_state = update
 
 
 def cache_layer(cache, layer_idx):
@@ -615,8 +591,7 @@ def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kw
     unknown = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if unknown:
         raise ValueError(f"a linear layer got a cache under the unknown name {unknown[0]!r}: "
-                         f"transformers {KNOWN} are known to work, this is "
-                         f"{transformers.__version__}.")
+                         f"{VERSIONS}.")
     past = cache_layer(caches[0], mixer.layer_idx) if caches else None
     (B, T, _), begins = hidden_states.shape, past is None or past.seen == 0
     if isinstance(attention_mask, torch.Tensor):
@@ -636,8 +611,8 @@ def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kw
 # A hybrid as an ordinary checkpoint
 #
 # For every architecture a subclass is made on demand: HybridLlamaForCausalLM and
-# HybridLlamaConfig from transformers' own classes. Their model_type is not transformers' own, so
-# that loading without trust_remote_code is an error rather than a plain Llama with random attention.
+# HybridLlamaConfig from transformers' classes. Their model_type is a new one, so that loading
+# without trust_remote_code is an error rather than a plain Llama with random attention.
 
 MODEL_TYPE_PREFIX = "dtr_"
 
@@ -662,8 +637,8 @@ class HybridMixin:
         draw missing tensors at random and go on."""
         shards = kwargs.get("distributed_config")
         if any(kwargs.get(name) or getattr(shards, name, None) for name in ("tp_plan", "tp_size")):
-            raise UserError("a hybrid does not run tensor-parallel, since its linear layers have "
-                            "no plan for that; load it on one device, or with device_map='auto'.")
+            raise UserError("a hybrid does not run tensor-parallel: load it on one device, or with "
+                            "device_map='auto'.")
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [f"{kind} {min(keys)}, {len(keys)} in all" for kind in ("missing", "unexpected")
                  if (keys := info[f"{kind}_keys"])]
@@ -684,7 +659,7 @@ class HybridMixin:
 
 @functools.cache
 def hybrid_class(base):
-    """HybridXxx for a class Xxx of transformers: a config, or a model whose config is a hybrid's."""
+    """HybridXxx for a class Xxx of transformers, a config or a model."""
     name, members = f"Hybrid{base.__name__}", {"__module__": __name__}
     if issubclass(base, PreTrainedConfig):
         types = {"linear_attn": str | list, "linear_layers": list, "linear_init": str | list}
