@@ -18,9 +18,9 @@ inherits the q, k, v and o projections, so that distillation starts near the tea
     AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
 
 Letters: B batch, T time (tokens), H heads, D head_dim, W convolution width, C hidden_size.
-To copy: this file and kernels.py, side by side. To copy one mixer: kernels.py, the section "The
-mixers" without the classes you do not need, and its imports. A mixer made from sizes and called
-with hidden_states alone uses nothing of transformers.
+To copy: this file and kernels.py, side by side. To copy one mixer: its class, LinearAttention and
+the lines above it in the section "The mixers", and kernels.py. Made from sizes and called with
+hidden_states alone, it uses nothing of transformers.
 """
 
 import contextlib
@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig
 
 KNOWN = "5.5.4 to 5.24.0"      # the versions of transformers that were tried
 VERSIONS = f"transformers {KNOWN} are known to work, this is {transformers.__version__}"
@@ -366,8 +365,8 @@ FUSED_IN_BLOCKS = ("GPT2Attention", "Phi3Attention")
 
 def head_dim_of(attn, config):
     """The width of one head: the module's attribute if it has one, else hidden_size / heads."""
-    known = (getattr(attn, name, None) for name in ("head_dim", "head_size"))
-    return next((d for d in known if d), config.hidden_size // config.num_attention_heads)
+    return getattr(attn, "head_dim", None) or getattr(attn, "head_size", None) or (
+        config.hidden_size // config.num_attention_heads)
 
 
 def repeat_heads(rows, num_heads, head_dim):
@@ -387,24 +386,25 @@ def _unfused(rows, by_head, num_heads, head_dim):
 
 
 def teacher_projections(attn, config):
-    """[q, k, v, o] of a softmax-attention module, each (weight [out, in], bias [out] or None),
-    before norms and RoPE; heads in order, those of k and v repeated. UserError if unknown."""
+    """The q, k, v and o projections of a softmax-attention module, each {"weight": [out, in]} and,
+    if it has one, {"bias": [out]}; before norms and RoPE, heads in order, those of k and v
+    repeated. Raises UserError for an unknown layout."""
     attn = getattr(attn, "attention", attn)     # GPT-Neo wraps its attention once more
-    linear = {name: (m.weight.T if isinstance(m, Conv1D) else m.weight, m.bias)
+    linear = {name: {key: p.t() if isinstance(m, Conv1D) else p for key, p in m.named_parameters()}
               for name, m in attn.named_children() if isinstance(m, (nn.Linear, Conv1D))}
     first = lambda *names: next((linear[name] for name in names if name in linear), None)
     kind, dim = type(attn).__name__, head_dim_of(attn, config)
     out, qkv = first("o_proj", "out_proj", "dense", "c_proj"), [first(f"{x}_proj") for x in "qkv"]
     if kind in FUSED_BY_HEAD + FUSED_IN_BLOCKS:
-        weight, bias = first("c_attn", "qkv_proj", "query_key_value")
-        split = lambda rows: (None,) * 3 if rows is None else _unfused(
-            rows, kind in FUSED_BY_HEAD, config.num_attention_heads, dim)
-        qkv = list(zip(split(weight), split(bias)))
+        fused = first("c_attn", "qkv_proj", "query_key_value")
+        parts = [_unfused(rows, kind in FUSED_BY_HEAD, config.num_attention_heads, dim)
+                 for rows in fused.values()]
+        qkv = [dict(zip(fused, part)) for part in zip(*parts)]
     if out and all(qkv):
-        q, k, v = (len(weight) for weight, _ in qkv)
-        if q == out[0].shape[1] and k == v and q % k == 0 == k % dim:
-            repeat = lambda rows: None if rows is None else repeat_heads(rows, q // dim, dim)
-            return [(repeat(weight), repeat(bias)) for weight, bias in qkv] + [out]
+        q, k, v = (len(projection["weight"]) for projection in qkv)
+        if q == out["weight"].shape[1] and k == v and q % k == 0 == k % dim:
+            return [{key: repeat_heads(rows, q // dim, dim) for key, rows in projection.items()}
+                    for projection in qkv] + [out]
     raise UserError(f"{kind}: the layout of its q, k, v projections is not known here, so they "
                     "cannot be inherited; use --init random.")
 
@@ -432,21 +432,19 @@ def mixer_from_attention(mixer_class, attn, config, layer_idx, init, seed):
     if init not in ("inherit", "random"):
         raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
     config, like = config.get_text_config(decoder=True), next(attn.parameters())
-    heads, biases = (config.num_attention_heads, head_dim_of(attn, config)), [False] * 4
+    num_heads, head_dim, biases = config.num_attention_heads, head_dim_of(attn, config), [False] * 4
     if init == "inherit":
         teacher = teacher_projections(attn, config)
-        heads = len(teacher[0][0]) // heads[1], heads[1]
-        biases = [bias is not None for _, bias in teacher]
+        num_heads = len(teacher[0]["weight"]) // head_dim
+        biases = ["bias" in projection for projection in teacher]
     with torch.device(like.device):
-        mixer = mixer_class(config.hidden_size, *heads, biases, layer_idx, seed)
+        mixer = mixer_class(config.hidden_size, num_heads, head_dim, biases, layer_idx, seed)
         mixer.config, mixer.init = config, init
         if init == "inherit":
             linears = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
-            for linear, (weight, bias) in zip(linears, teacher):
-                linear.weight.copy_(weight)
-                if bias is not None:
-                    linear.bias.copy_(bias)
-            mixer.q_norm, mixer.k_norm = (_teacher_norm(attn, x, *heads) for x in "qk")
+            for linear, projection in zip(linears, teacher):
+                linear.load_state_dict(projection)
+            mixer.q_norm, mixer.k_norm = (_teacher_norm(attn, x, num_heads, head_dim) for x in "qk")
             mixer.clip_qkv = getattr(config, "clip_qkv", None)      # OLMo
             mixer.start_neutral()
     return mixer.to(like.dtype)
@@ -594,17 +592,17 @@ def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kw
                          f"{VERSIONS}.")
     past = cache_layer(caches[0], mixer.layer_idx) if caches else None
     (B, T, _), begins = hidden_states.shape, past is None or past.seen == 0
+    real, flash = None, "flash" in str(getattr(mixer.config, "_attn_implementation", None))
     if isinstance(attention_mask, torch.Tensor):
         mask = attention_mask.expand(B, *attention_mask.shape[1:])
-        return Rows(*read_mask(mask, T, packs=begins)), past
-    if attention_mask is not None:
+        real, first = read_mask(mask, T, packs=begins)
+    elif attention_mask is not None:
         raise ValueError(f"a linear layer cannot read a mask of type "
                          f"{type(attention_mask).__name__}; use attn_implementation='sdpa'.")
-    flash = "flash" in str(getattr(mixer.config, "_attn_implementation", None))
-    if flash and begins and B == 1 and position_ids is not None and position_ids.dim() == 2:
+    elif flash and begins and B == 1 and position_ids is not None and position_ids.dim() == 2:
         first = F.pad(position_ids.diff(dim=1) <= 0, (1, 0))
-        return Rows(torch.ones_like(first), first), past
-    return None, past
+        real = torch.ones_like(first)
+    return None if real is None else Rows(real, first), past
 
 
 # ------------------------------------------------------------------------------------------------
@@ -661,7 +659,7 @@ class HybridMixin:
 def hybrid_class(base):
     """HybridXxx for a class Xxx of transformers, a config or a model."""
     name, members = f"Hybrid{base.__name__}", {"__module__": __name__}
-    if issubclass(base, PreTrainedConfig):
+    if name.endswith("Config"):
         types = {"linear_attn": str | list, "linear_layers": list, "linear_init": str | list}
         return type(name, (base,), members | {
             "model_type": MODEL_TYPE_PREFIX + base.model_type, "_auto_class": "AutoConfig",

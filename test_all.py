@@ -757,8 +757,8 @@ def test_inherited_projections_are_the_teachers_q_k_v(family):
         for ours, teachers in zip((q, k, v), seen[i]):
             assert relative(ours, teachers) < 1e-5
         wanted = linear_attn.teacher_projections(attn, model.config)[3]
-        assert torch.equal(mixer.o_proj.weight, wanted.weight)
-        assert (mixer.o_proj.bias is None) == (wanted.bias is None)
+        assert torch.equal(mixer.o_proj.weight, wanted["weight"])
+        assert (mixer.o_proj.bias is None) == ("bias" not in wanted)
 
 
 @pytest.mark.parametrize("layout", FALCONS)
@@ -1022,7 +1022,7 @@ def test_bytes_of_a_linear_layers_memory(attn, channels):
     swap(model, 1, shaken_mixers(model, attn)[1])
     for length in (8, 24):
         layers = model(tokens(2, length)).past_key_values.layers
-        linear = [t for t in (layers[1].recurrent, layers[1].conv) if t is not None]
+        linear = [t for t in layers[1].state if t is not None]
         softmax = layers[0].keys, layers[0].values
         size = lambda tensors: sum(t.nbytes for t in tensors)
         assert size(linear) == 2 * (4 * 8 * 8 * 4 + (linear_attn.CONV_SIZE - 1) * channels * 2)
