@@ -18,9 +18,9 @@ inherits the q, k, v and o projections, so that distillation starts near the tea
     AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
 
 Letters: B batch, T time (tokens), H heads, D head_dim, W convolution width, C hidden_size.
-To copy: this file and kernels.py, side by side. To copy one mixer: its class, LinearAttention and
-the lines above it in the section "The mixers", and kernels.py. Made from sizes and called with
-hidden_states alone, it uses nothing of transformers.
+To copy: this file and kernels.py, side by side; or, of this file, only a mixer's class,
+LinearAttention and the lines above it in "The mixers". A mixer that is made from sizes and called
+with hidden_states alone uses nothing of transformers.
 """
 
 import contextlib
@@ -86,15 +86,14 @@ def identity_kernel(channels):
 class LinearAttention(nn.Module):
     """The base of the mixers: projections, output norm and gate.
 
-    forward(hidden_states [B, T, C]) -> ([B, T, C], None), the form that attention modules of
-    transformers return. Their other arguments are understood too: attention_mask, position_ids
-    and the cache under any of CACHE_NAMES; ValueError for a mask or a cache that a linear layer
-    cannot use.
+    forward(hidden_states [B, T, C]) -> ([B, T, C], None), as attention modules of transformers
+    return it. Of their other arguments it reads attention_mask, position_ids and the cache;
+    ValueError for a mask or a cache that a linear layer cannot use.
 
     A subclass defines its parameters, its neutral start and mix(hidden_states, rows, state) ->
-    (o [B, T, H, D], new state), its recurrence. `state` holds the recurrent state [B, H, D, D]
-    (fp32) and the convolution's tail [B, W-1, channels], each None where a text begins. `rows`
-    says where padding stands (see Rows); None if there is none and each row is one text.
+    (o [B, T, H, D], new state), its recurrence. `state`: the recurrent state [B, H, D, D] (fp32)
+    and the convolution's tail [B, W-1, channels], each None where a text begins. `rows`: where
+    padding stands (see Rows); None if there is none and each row is one text.
     """
 
     def __init__(self, hidden_size, num_heads, head_dim, biases=(False,) * 4, layer_idx=0, seed=0):
@@ -110,8 +109,7 @@ class LinearAttention(nn.Module):
         self.o_proj = nn.Linear(width, hidden_size, bias=biases[3])
         self.register_module("q_norm", None)            # the place of the teacher's norms, if any
         self.register_module("k_norm", None)
-        # A bias keeps the gate open at the start: silu(0) = 0 would mute the output.
-        self.g_proj = nn.Linear(hidden_size, width)
+        self.g_proj = nn.Linear(hidden_size, width)     # its bias opens the gate: silu(0) = 0
         self.o_norm = GatedRMSNorm(head_dim, eps=1e-5)
         self.add_parameters(hidden_size, width)
         if seed is not None:
@@ -142,8 +140,7 @@ class LinearAttention(nn.Module):
         self.g_proj.bias.fill_(1.2784645)
 
     def project(self, hidden_states):
-        """q, k, v as the teacher makes them before RoPE, key/value heads repeated: three
-        [B, T, H * D]."""
+        """q, k, v as the teacher makes them before RoPE, heads repeated: three [B, T, H * D]."""
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.clip_qkv is not None:
             q, k, v = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (q, k, v))
@@ -335,8 +332,7 @@ def attention_modules(model):
 
 
 def swap(model, layer_idx, module):
-    """Put `module` in the place of layer `layer_idx`'s attention, by reference, in O(1).
-    Returns the module that was there; swapping that back in restores the model."""
+    """Put `module` in the place of a layer's attention; returns the module that was there."""
     slot = attention_slots(model)[layer_idx]
     previous = getattr(*slot)
     setattr(*slot, module)
@@ -347,14 +343,11 @@ def swap(model, layer_idx, module):
 def replaced(model, mixers, layers):
     """Within the block, the attention of each of `layers` is mixers[layer]."""
     slots = attention_slots(model)
-    softmax = {layer: getattr(*slots[layer]) for layer in layers}
-    try:
-        for layer in softmax:
+    with contextlib.ExitStack() as undo:
+        for layer in layers:
+            undo.callback(setattr, *slots[layer], getattr(*slots[layer]))
             setattr(*slots[layer], mixers[layer])
         yield model
-    finally:
-        for layer, attn in softmax.items():
-            setattr(*slots[layer], attn)
 
 
 # Modules in which q, k and v share one projection, whose rows go [q ... q k v] for each key/value
@@ -441,9 +434,8 @@ def mixer_from_attention(mixer_class, attn, config, layer_idx, init, seed):
         mixer = mixer_class(config.hidden_size, num_heads, head_dim, biases, layer_idx, seed)
         mixer.config, mixer.init = config, init
         if init == "inherit":
-            linears = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
-            for linear, projection in zip(linears, teacher):
-                linear.load_state_dict(projection)
+            for name, projection in zip("qkvo", teacher):
+                getattr(mixer, f"{name}_proj").load_state_dict(projection)
             mixer.q_norm, mixer.k_norm = (_teacher_norm(attn, x, num_heads, head_dim) for x in "qk")
             mixer.clip_qkv = getattr(config, "clip_qkv", None)      # OLMo
             mixer.start_neutral()
@@ -458,12 +450,11 @@ GAP = 21                # padded tokens between documents: exp(-5 * 21) is 0 in 
 
 def read_mask(attention_mask, T, packs):
     """(real, first), bool [B, T] each: the tokens of a call that are not padding, and the real ones
-    that begin another document of their row; None for `first` if the rows do not hold several.
+    that begin another document of their row; `first` is None if the mask does not tell.
 
     attention_mask is [B, K], or [B, 1, T, K] (bool, or float with the lowest number where masked);
     its last T keys are the tokens of the call. In the second form a real token may attend to
-    itself, and to the real token before it unless it begins a document.
-    """
+    itself, and to the real token before it unless it begins a document."""
     if attention_mask.dim() == 2:
         return attention_mask[:, -T:].bool(), None
     mask = attention_mask[:, 0, :, -T:]                                             # [B, T, T]
@@ -481,11 +472,10 @@ class Rows:
     """The tokens [B, T] of a call laid out for a mixer, where some are padding or a row holds
     several documents: in each of B rows of R >= T places stand the real tokens in order, then the
     padded ones. Before another document stands a gap of GAP places, in which all is forgotten.
-    Only real tokens write (k, beta and the convolution's inputs are 0 elsewhere).
 
         place   [B, T, 1, 1]    the place of each token
         order   [B, R, 1]       its inverse: the token at each place
-        real    [B, R, 1] bool  the places of real tokens
+        real    [B, R, 1] bool  the places of real tokens; k, beta, conv inputs are 0 elsewhere
         forget  [B, R, 1]       the log decay at the other places: 0, in gaps MIN_LOG_DECAY
     """
 
@@ -579,12 +569,9 @@ def cache_layer(cache, layer_idx):
 
 
 def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kwargs):
-    """The arguments of an attention module as a mixer needs them: Rows, or None where no token is
-    padding and each row is one document; and the mixer's LinearCacheLayer, or None without cache.
-
-    Packed documents show in the mask. Flash attention gets no mask and knows them, in a batch of
-    one, by their positions. Both are looked at only in the first call of a text.
-    """
+    """The arguments of an attention module as a mixer needs them: (Rows or None, LinearCacheLayer
+    or None). Packed documents show in the mask. Flash attention gets no mask and knows them, in a
+    batch of one, by their positions. Both are looked at only in the first call of a text."""
     caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
     unknown = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if unknown:
@@ -713,8 +700,7 @@ def save_hybrid(model, directory, tokenizer=None):
 
 
 def load_hybrid(directory, **kwargs):
-    """Load a saved hybrid with the classes of this file (no remote code runs). Other arguments
-    go to from_pretrained."""
+    """A saved hybrid, loaded as from_pretrained does but without running its remote code."""
     with open(os.path.join(directory, "config.json")) as file:
         architecture = json.load(file)["architectures"][0]
     return __getattr__(architecture).from_pretrained(directory, **kwargs)
