@@ -26,9 +26,7 @@ with hidden_states alone uses nothing of transformers.
 import contextlib
 import copy
 import functools
-import json
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -125,8 +123,7 @@ class LinearAttention(nn.Module):
         return mixer_from_attention(cls, attn, config, layer_idx, init, seed)
 
     def start_random(self, draw):
-        """Every matrix from N(0, 1 / fan_in), drawn on the CPU by the torch.Generator `draw`. The
-        inherited start keeps the matrices that must not be zero."""
+        """Every matrix from N(0, 1 / fan_in), drawn on the CPU by the torch.Generator `draw`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 drawn = torch.randn(module.weight.shape, generator=draw, device="cpu")
@@ -164,8 +161,7 @@ class LinearAttention(nn.Module):
         o, state = self.mix(x, rows, (None, None) if past is None else past.state)
         if past is not None:
             past.state, past.seen = state, past.seen + hidden_states.shape[1]
-        if rows is not None:
-            o = o.take_along_dim(rows.place, 1)                                     # [B, T, H, D]
+        o = o if rows is None else o.take_along_dim(rows.place, 1)                  # [B, T, H, D]
         return self.o_norm(o, self.heads(self.g_proj(hidden_states))).flatten(-2)
 
     def forward(self, hidden_states, *args, **kwargs):
@@ -239,8 +235,7 @@ class GatedDeltaNet(LinearAttention):
         self.conv_kernel.copy_(kernel)
 
     def convolve(self, hidden_states, conv, tail):
-        """SiLU(conv) of q, k and v, each [B, T, H * D], and the convolution's new tail. `conv` is
-        causal_conv, or stands for it where some tokens are padding."""
+        """SiLU(conv) of q, k and v, each [B, T, H * D], and the new tail; `conv` as causal_conv."""
         qkv = torch.cat(self.project(hidden_states), dim=-1)            # [B, T, 3 * H * D]
         qkv, tail = conv(qkv, self.conv_kernel, tail, "silu")
         return *qkv.chunk(3, dim=-1), tail
@@ -701,6 +696,5 @@ def save_hybrid(model, directory, tokenizer=None):
 
 def load_hybrid(directory, **kwargs):
     """A saved hybrid, loaded as from_pretrained does but without running its remote code."""
-    with open(os.path.join(directory, "config.json")) as file:
-        architecture = json.load(file)["architectures"][0]
-    return __getattr__(architecture).from_pretrained(directory, **kwargs)
+    config, _ = transformers.PreTrainedConfig.get_config_dict(directory)
+    return __getattr__(config["architectures"][0]).from_pretrained(directory, **kwargs)
