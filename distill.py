@@ -576,7 +576,8 @@ def load_blocks(runs, model, layers=None):
             raise UserError(f"{runs} has no module for layer {layer}: distill it with --layers "
                             f"{layer}.")
         record = records[run]
-        mixer = MIXERS[record["attn"]](attention[layer], model.config, layer, record["init"])
+        mixer = MIXERS[record["attn"]].from_attention(
+            attention[layer], model.config, layer, record["init"], seed=None)
         try:
             mixer.load_state_dict(load_tensors(layer_file(run, layer)))
         except (RuntimeError, SafetensorError):

@@ -359,7 +359,7 @@ def check_replaceable(model):
     """Raise UserError if the model does not run with every second layer linear, be it the even or
     the odd ones: some layers hand keys and values on, or get a mask that no linear layer reads."""
     attention = attention_modules(model)
-    mixer = functools.cache(lambda device: linear_attn.MIXERS["gla"](
+    mixer = functools.cache(lambda device: linear_attn.MIXERS["gla"].from_attention(
         attention[0], model.config, 0, "random").to(device, model.dtype))
     stand_ins = {i: mixer(next(attn.parameters()).device) for i, attn in enumerate(attention)}
     for first in (0, 1):
