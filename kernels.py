@@ -1,9 +1,9 @@
 """Linear attention with a gated state: the recurrences of three mixers, defined and made fast.
 
-For every op the definition comes first, a loop over time (`*_recurrent`, also used for decoding).
-Then comes the chunkwise form, which gives the same numbers with matrix products, and then its
-Triton kernels. Sources: gated linear attention (GLA) arXiv:2312.06635, the gated delta rule
-arXiv:2412.06464, JetBlock's convolution with a kernel per token arXiv:2508.15884.
+Each op starts with its definition, a loop over time (`*_recurrent`). The chunkwise form gives the
+same numbers with matrix products, and the Triton kernels below compute that form. Sources: gated
+linear attention (GLA) arXiv:2312.06635, the gated delta rule arXiv:2412.06464, JetBlock's
+convolution with a kernel per token arXiv:2508.15884.
 
     B batch, T time, H heads, K key dim, V value dim, C chunk length, N number of chunks, W taps
     q, k [B,T,H,K], v and o [B,T,H,V]   as in attention; neither q nor k is normalised here
@@ -242,8 +242,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, backend="auto"):
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return recurrent_step(q, k, v, g, beta, initial_state, backend=backend)
     if _use_triton(backend, q, q.shape[-1], v.shape[-1], chunks=True):
-        return _Kernels.apply(_chunk_kernels, q, k, v, g, beta, initial_state,
-                              torch.is_grad_enabled())
+        return _Kernels.apply(_chunk_kernels, q, k, v, g, beta, initial_state)
     return _DeltaRule.apply(q, k, v, g, beta, _start_state(q, v, initial_state))
 
 
@@ -307,8 +306,7 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return recurrent_step(q, k, v, g, None, initial_state, backend=backend)
     if use_triton:
-        return _Kernels.apply(_chunk_kernels, q, k, v, g, None, initial_state,
-                              torch.is_grad_enabled())
+        return _Kernels.apply(_chunk_kernels, q, k, v, g, None, initial_state)
     o, state = _gla_chunks(q, k, v, g, _start_state(q, v, initial_state))
     return o.to(v.dtype), state
 
@@ -396,7 +394,7 @@ C = 64 if triton is None else tl.constexpr(64)      # rows of one wgmma of a Hop
 
 
 @_jit
-def _inside(rows, cols, num_rows, num_cols, first):
+def _inside(rows, cols, num_rows, num_cols, first=None):
     inside = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
     return inside if first is None else inside & (rows[:, None] >= first)
 
@@ -405,14 +403,14 @@ def _inside(rows, cols, num_rows, num_cols, first):
 def _load(x, rows, cols, stride, num_rows, num_cols, first=None):
     """A tile of the matrix at x, whose rows lie `stride` apart; zeros outside the matrix. Rows can
     be negative if `first`, the least valid one, is given."""
-    return tl.load(x + rows[:, None] * stride + cols[None, :],
-                   mask=_inside(rows, cols, num_rows, num_cols, first), other=0)
+    inside = _inside(rows, cols, num_rows, num_cols, first)
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0)
 
 
 @_jit
 def _store(x, tile, rows, cols, stride, num_rows, num_cols, first=None):
-    tl.store(x + rows[:, None] * stride + cols[None, :], tile.to(x.dtype.element_ty),
-             mask=_inside(rows, cols, num_rows, num_cols, first))
+    inside, tile = _inside(rows, cols, num_rows, num_cols, first), tile.to(x.dtype.element_ty)
+    tl.store(x + rows[:, None] * stride + cols[None, :], tile, mask=inside)
 
 
 @_jit
@@ -436,15 +434,6 @@ def _columns(V, BV: tl.constexpr):
     blocks = tl.cdiv(V, BV)
     index = tl.program_id(0)
     return (index // blocks).to(tl.int64), index % blocks * BV + tl.arange(0, BV)
-
-
-@_jit
-def _load_state(x, bh, keys, cols, K: tl.constexpr, V: tl.constexpr):
-    """Columns of a head's state, or of its gradient, [B,H,K,V]; zeros for None."""
-    if x is None:
-        return tl.zeros([keys.shape[0], cols.shape[0]], tl.float32)
-    else:
-        return _load(x + bh * K * V, keys, cols, V, K, V)
 
 
 @_jit
@@ -613,7 +602,8 @@ def _scan(q, k, v, decays, beta, P, inverse, start, o, U, S, end, T, H, K: tl.co
     all its K rows: columns do not depend on each other."""
     bh, cols = _columns(V, BV)
     rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
-    state = _load_state(start, bh, keys, cols, K, V)
+    state = tl.zeros([KP, BV], tl.float32) if start is None else _load(
+        start + bh * K * V, keys, cols, V, K, V)
     chunk, left, token = _chunk(bh * num_chunks, T, H)
     for _ in range(num_chunks):
         qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
@@ -653,7 +643,8 @@ def _scan_backward(q, k, decays, beta, P, inverse, do, dend, dU, dS, dstart, T, 
     _scan."""
     bh, cols = _columns(V, BV)
     rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
-    dstate = _load_state(dend, bh, keys, cols, K, V)
+    dstate = tl.zeros([KP, BV], tl.float32) if dend is None else _load(
+        dend + bh * K * V, keys, cols, V, K, V)
     chunk, left, token = _chunk((bh + 1) * num_chunks - 1, T, H)
     for _ in range(num_chunks):
         qc = _load(q + token * K, rows, keys, H * K, left, K)               # [C,KP]
@@ -825,7 +816,8 @@ def _step(q, k, v, g, beta, start, o, end, T, H, K: tl.constexpr, V: tl.constexp
     bh, cols = _columns(V, BV)
     keys = tl.arange(0, KP)
     token = bh // H * T * H + bh % H
-    state = _load_state(start, bh, keys, cols, K, V)
+    state = tl.zeros([KP, BV], tl.float32) if start is None else _load(
+        start + bh * K * V, keys, cols, V, K, V)
     for _ in range(T):
         qt, kt = _vector(q + token * K, keys, K), _vector(k + token * K, keys, K)   # [KP]
         vt = _vector(v + token * V, cols, V)                                # [BV]
@@ -930,8 +922,8 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
 def _norm_rows(x, rows, cols, stride, H, N, D):
     """Rows (b, t, h) of x [B,T,H,D], whose tokens lie `stride` apart. fp32."""
     place = rows // H * stride + rows % H * D
-    return tl.load(x + place[:, None] + cols[None, :], mask=_inside(rows, cols, N, D, None),
-                   other=0).to(tl.float32)
+    x += place[:, None] + cols[None, :]
+    return tl.load(x, mask=_inside(rows, cols, N, D), other=0).to(tl.float32)
 
 
 @_jit
@@ -1032,7 +1024,7 @@ def _launch(kernel, grid, *args, **constants):
 
 def _padded(dim):
     """Head dim -> the width of a tile that holds it: a power of two that tl.dot takes."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _config(q, V, delta):
@@ -1081,10 +1073,11 @@ class _Kernels(torch.autograd.Function):
         return None, *ctx.gradients(ctx.saved_tensors, *grads)
 
 
-def _chunk_kernels(q, k, v, g, beta, state, save):
-    """The launches of both chunkwise forms; beta is None for GLA. With `save`, stores what the
-    backward pass needs, one state per chunk included, rather than computing it twice."""
+def _chunk_kernels(q, k, v, g, beta, state):
+    """The launches of both chunkwise forms; beta is None for GLA. If an input needs a gradient,
+    stores what the backward pass needs, one state per chunk included."""
     (B, T, H, K), V, delta, rows, dtype = q.shape, v.shape[-1], beta is not None, C.value, v.dtype
+    save = any(x is not None and x.requires_grad for x in (q, k, v, g, beta, state))
     q, k, v, g, beta, state = (x if x is None else x.contiguous() for x in (
         q, k.to(q.dtype), v.to(q.dtype), g, beta, state if state is None else state.float()))
     config = _config(q, V, delta)
@@ -1119,7 +1112,7 @@ def _chunk_kernels(q, k, v, g, beta, state, save):
             dv, dbeta, blocks = dU, None, triton.cdiv(K, config["gradients"]["BK"])
             _launch(_gla_gradients, (N * blocks,), q, k, v, g, decays, do, S, dS, dq, dk, dg, T, H,
                     **config["gradients"])
-        return dq, dk, dv, dg, dbeta, dstart, None
+        return dq, dk, dv, dg, dbeta, dstart
 
     saved = (q, k, v, g, beta, qs, ks, decays, P, inverse, S, U) if save else ()
     return (o.to(dtype), end), saved, gradients

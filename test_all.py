@@ -503,7 +503,7 @@ def compile_jobs(arch, monkeypatch):
         q, k, v = (tensor(1, T, H, D, dtype=dtype) for D in (K, K, V))
         g, beta, state = tensor(1, T, H), tensor(1, T, H), tensor(1, H, K, V)
         for gates in ((g, beta), (tensor(1, T, H, K), None)):
-            outputs = kernels._Kernels.apply(kernels._chunk_kernels, q, k, v, *gates, state, True)
+            outputs = kernels._Kernels.apply(kernels._chunk_kernels, q, k, v, *gates, state)
             torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
             kernels.recurrent_step(q, k, v, *gates, state)
     for dtype in (bf16, fp32):
