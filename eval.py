@@ -84,36 +84,40 @@ def progress(iterable=None, disable=False, **kwargs):
 
 
 def finish(result, following=None):
-    """The last stdout line: `result` as JSON, with the command to run next."""
-    result["next"] = following
+    """Print the last stdout line: `result` as JSON, with the command to run next."""
     if following:
         log(f"next: {following}")
     if rank() == 0:
-        print(json.dumps(result), flush=True)
+        print(json.dumps({**result, "next": following}), flush=True)
+
+
+_locks, _written = [], []       # the open files that lock a directory; the paths of written files
 
 
 def run_script(main):
-    """Run main(). Bad input (UserError, or any error before lock_dir) ends with one sentence and
-    exit code 2; a failure during the work (not finite, disk full) with one sentence and code 1."""
-    def end(message, code):
+    """Run main(). Bad input ends with one sentence and exit code 2: a UserError at any time, or a
+    library's error as long as no file is written. A failure later on (not finite, disk full) ends
+    with one sentence and exit code 1."""
+    def end(code, message):
         print(" ".join(f"{Path(sys.argv[0]).name}: {message}".split()), file=sys.stderr)
         sys.exit(code)
 
     intact = "what was saved before is intact"
-    signal.signal(signal.SIGTERM, lambda *_: end(f"terminated; {intact}", 143))
+    signal.signal(signal.SIGTERM, lambda *_: end(143, f"terminated; {intact}"))
     # the newest transformers has another name for this argument, but takes the one all know
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+    _written.clear()
     try:
         main()
     except KeyboardInterrupt:
-        end(f"interrupted; {intact}", 130)
+        end(130, f"interrupted; {intact}")
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as error:
-        end(f"stopped: {error}; {intact}", 1)
-    except Exception as error:
-        if isinstance(error, UserError) or not _locks:
-            end(sentence(error), 2)
+        end(1, f"stopped: {error}; {intact}")
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        if isinstance(error, UserError) or not _written:
+            end(2, sentence(error))
         if isinstance(error, (OSError, SafetensorError)):
-            end(f"stopped: {error}; {intact}", 1)
+            end(1, f"stopped: {error}; {intact}")
         raise
     finally:
         _locks.clear()
@@ -122,7 +126,7 @@ def run_script(main):
 
 
 def sentence(error):
-    """An error's message in one line; libraries' messages are shortened to 300 characters."""
+    """An error's message in one line; a library's is shortened to 300 characters."""
     if isinstance(error, UserError):
         return str(error)
     text = " ".join(str(error).split())[:300]
@@ -131,8 +135,8 @@ def sentence(error):
 
 @contextlib.contextmanager
 def blame(what):
-    """Any error within the block becomes a UserError: `what` is wrong, and the error's message.
-    Only running out of GPU memory stays as it is, since the input is not at fault."""
+    """Any error within the block becomes a UserError: `what`, then the error's message. Only
+    running out of GPU memory stays as it is, since the input is not at fault."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -159,10 +163,9 @@ def command_line():
 def positive(kind):
     """An argparse type: a number of type `kind` above zero."""
     def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
+        if not 0 < kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
+        return kind(text)
     parse.__name__ = "positive " + kind.__name__
     return parse
 
@@ -181,8 +184,8 @@ def parse_layers(text, num_layers):
 def write_atomic(path, write):
     """Call write(temporary path), fsync, rename: `path` is the old file or the new, never a part
     of one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    _written.append(path)
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -210,25 +213,27 @@ def versions():
 
 
 def make_output_dir(path):
-    """Create the run directory."""
     with blame("--out must be a directory that can be made"):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 
-_locks = []
+def claim_dir(path, foreign=()):
+    """Make the output directory and keep other runs out of it until the script ends. Raises
+    UserError where one is at work, and where one of the files `foreign` shows another use."""
+    path = make_output_dir(path)
+    if any((path / name).exists() for name in foreign):
+        raise UserError(f"{path} already holds something else; give another --out.")
+    if rank() == 0:
+        _locks.append(open(path / ".lock", "w"))        # the lock holds while this file is open
+        try:
+            fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is at work in {path}; wait, or give another --out.")
+    return path
 
 
-def lock_dir(path):
-    """Keep other runs out of the directory until run_script or the process ends. It marks the end
-    of set-up: from here on an error is not taken for bad input."""
-    lock = open(path / ".lock", "w") if rank() == 0 else None
-    try:
-        if lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another run is at work in {path}; wait for it, or give another --out.")
-    _locks.append(lock)             # it holds while this file is open
+lock_dir = claim_dir        # its name until distill.py and replace.py take the new one
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,38 +252,38 @@ def join_ranks(device):
     """Under torchrun, meet the other processes: gloo on CPUs, nccl on GPUs, one GPU each."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with blame(f"--device {device} cannot be used by several processes"):
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                             timeout=datetime.timedelta(days=1))
 
 
-def gather(value):
-    """[the value of each rank, in their order], on every rank."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        with lost_ranks_end_the_run():
-            dist.all_gather_object(values, value)
-    return values
-
-
-def add_up(tensor):
-    """The sum of every rank's tensor, in place."""
-    if world_size() > 1:
-        with lost_ranks_end_the_run():
-            dist.all_reduce(tensor)
-    return tensor
-
-
 @contextlib.contextmanager
 def lost_ranks_end_the_run():
-    """Raises ConnectionError if another rank has died."""
     try:
         yield
     except RuntimeError as error:
         raise ConnectionError("another process of this run has ended; the same command goes on "
-                              f"from what is saved ({str(error).splitlines()[0][:100]})") from None
+                              f"from what is saved ({sentence(error)[:100]})") from None
+
+
+@lost_ranks_end_the_run()
+def gather(value):
+    """[the value of each rank, in their order], on every rank."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@lost_ranks_end_the_run()
+def add_up(tensor):
+    """The sum of every rank's tensor, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ def add_model_flags(parser):
                         help="run code that the base model's repository brings along")
 
 
-def read_config(name, trust_remote_code=False):
+def read_config(name):
     """The raw config (a dict) of a model in a directory or on the Hub. Raises UserError."""
     folder = Path(name)
     if not (folder / "config.json").is_file() and (
@@ -303,14 +308,7 @@ def read_config(name, trust_remote_code=False):
                         "gguf_file=FILE) and save_pretrained(OUT) of AutoModelForCausalLM and of "
                         "AutoTokenizer.")
     with blame(f"no such model: {name}"):
-        config, _ = transformers.PreTrainedConfig.get_config_dict(name)
-    if "auto_map" in config and not is_hybrid(config) and not trust_remote_code:
-        raise UserError(f"{name} brings its own code; add --trust-remote-code to run it.")
-    return config
-
-
-def is_hybrid(config):
-    return str(config.get("model_type")).startswith(linear_attn.MODEL_TYPE_PREFIX)
+        return transformers.PreTrainedConfig.get_config_dict(name)[0]
 
 
 def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False):
@@ -320,18 +318,20 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     it is refused, and so is a model that cannot be converted. Raises UserError for anything but a
     causal language model with a tokenizer, and for a checkpoint that lacks tensors.
     """
-    config = read_config(name, trust_remote_code)
+    config = read_config(name)
+    hybrid = str(config.get("model_type")).startswith(linear_attn.MODEL_TYPE_PREFIX)
     quantised = config.get("quantization_config") is not None
-    if base_only and is_hybrid(config):
+    if base_only and hybrid:
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     if base_only and quantised:
-        raise UserError(f"{name} is quantised, and such layers are neither distilled nor "
-                        "replaced: give the model in bf16, or the result of its dequantize() and "
-                        "save_pretrained().")
+        raise UserError(f"{name} is quantised, and such layers are neither distilled nor replaced: "
+                        "give the model in bf16, as its dequantize() and save_pretrained() make it.")
+    if "auto_map" in config and not hybrid and not trust_remote_code:
+        raise UserError(f"{name} brings its own code; add --trust-remote-code to run it.")
     device_map, device = "auto" if device == "auto" else None, find_device(device)
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    load = linear_attn.load_hybrid if is_hybrid(config) else functools.partial(
+    load = linear_attn.load_hybrid if hybrid else functools.partial(
         AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code)
     with blame(f"{name} does not load as a causal language model with a tokenizer"
                + (" (load it unquantised, in bf16)" if quantised else "")):
@@ -377,25 +377,19 @@ def is_causal(model):
 def dtype_to_save(name, model, asked):
     """The dtype of a hybrid's checkpoint: the model's, but if --dtype was not `asked` for ("auto")
     never wider than the base's own, since a CPU holds all models in fp32."""
-    config = read_config(name, trust_remote_code=True)
-    own = next((part[key] for part in (config, config.get("text_config") or {})
-                for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
-    own = getattr(torch, own)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
+    own = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return own if asked == "auto" and own.itemsize < model.dtype.itemsize else model.dtype
 
 
 def find_device(name):
-    """The device of that name; under torchrun each process has its own GPU. Raises UserError."""
+    """The device of that name; under torchrun "cuda" is this process's GPU. Raises UserError."""
     with blame(f"--device {name} cannot be used here"):
-        if name == "auto" and world_size() > 1:
-            raise ValueError("it gives all GPUs to one process; start it without torchrun")
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and world_size() > 1:
-            name = f"cuda:{torch.cuda.current_device()}"
         device = torch.device(name)
         torch.empty(0, device=device)
-        return device
+    return device
 
 
 def max_length(model):
@@ -448,12 +442,11 @@ class Task:
     prompt: Callable            # the text that the model continues
     gold: Callable              # index or text of the right choice, or the reference; may fail
     metrics: tuple              # what the harness prints, first the one the paper most likely has
-    choices: Callable = None
-    contexts: Callable = None   # a prompt per choice, each continued by `target`
+    choices: Callable = None    # their texts; with `target` they are prompts that it continues
     stop: tuple = ()
     max_tokens: int = 256       # the harness's number where a task names none
     judge: Callable = None      # document, text -> metrics
-    program: Callable = None    # document, text -> program that fails unless the text is right
+    program: str = None         # fails unless the text, its {answer}, is right
     description: str = ""
     target: Callable = None     # the answer that a shot shows, if it is not the right choice
     delimiter: str = " "        # between prompt and answer
@@ -481,9 +474,9 @@ class Task:
         `shots` are documents, shown solved before this one; None stands for the fixed ones."""
         shots = self.fixed_shots if shots is None else shots
         head = self.description + "".join(map(self.shot, shots))
-        if self.contexts:
+        if self.choices and self.target:
             rest = self.delimiter + self.target(doc)
-            return [(head + context, rest) for context in self.contexts(doc)]
+            return [(head + choice, rest) for choice in self.choices(doc)]
         prompt = head + self.prompt(doc)
         if self.choices:
             return [(prompt, self.delimiter + choice) for choice in self.choices(doc)]
@@ -510,9 +503,13 @@ class Task:
                 "max_gen_toks": doc.get("max_tokens", self.max_tokens)}
 
     def score(self, doc, outputs, allow_code=False):
-        """Metrics from the summed log-likelihoods in request order, or from [the text written]."""
+        """Metrics from the summed log-likelihoods in request order, where the first maximum wins
+        and acc_norm is per character; or from [the text written]."""
         if self.choices:
-            return self.accuracy(doc, np.array(outputs, dtype=np.float64))
+            lls, lengths = np.array(outputs, float), list(map(len, self.choices(doc)))
+            with np.errstate(divide="ignore", invalid="ignore"):    # an empty choice gets -inf
+                by = {"acc": lls, "acc_norm": lls / lengths}
+            return {m: float(by[m].argmax() == self.right(doc)) for m in self.metrics}
         text, = outputs
         for stop in filter(None, self.limits(doc)["until"]):
             text = text.split(stop)[0]
@@ -521,35 +518,26 @@ class Task:
         if not allow_code:
             raise UserError(f"{self.name} runs programs that the model wrote: allow it with "
                             "--allow-code-execution (they run behind a fence, not in a jail)")
-        return {self.metric: float(run_program(self.program(doc, text)).passed)}
-
-    def accuracy(self, doc, lls):
-        """The first maximum wins. acc_norm is per character; an empty choice counts -inf."""
-        choices, gold = self.choices(doc), self.right(doc)
-        assert len(lls) == len(choices), f"{len(lls)} scores for {len(choices)} choices"
-        with np.errstate(divide="ignore", invalid="ignore"):
-            by = {"acc": lls, "acc_norm": lls / np.array([len(choice) for choice in choices])}
-        return {m: float(np.argmax(by[m]) == gold) for m in self.metrics}
+        program = self.program.format_map({**doc, "answer": text})
+        return {self.metric: float(run_program(program).passed)}
 
     def check(self, doc):
-        """Raise UserError, saying why, unless the document can be asked and its gold parses."""
-        for field, value in doc.items():
-            with blame(f"field {field!r} cannot be written as JSON in UTF-8"):
-                json.dumps(value, ensure_ascii=False).encode()      # as fingerprints need it
-        missing = [field for field in self.fields if doc.get(field) is None]
-        if missing:
-            raise UserError(f"no field {missing[0]!r}; {self.name} needs {', '.join(self.fields)}")
-        with blame(f"not a document of {self.name}"):
+        """Raise UserError, saying why, unless the document can be asked, its gold answer parses,
+        and fingerprints can be made of it: they need JSON in UTF-8."""
+        with blame(f"not a document of {self.name} ({', '.join(self.fields)})"):
+            json.dumps(doc, ensure_ascii=False).encode()
+            if missing := [field for field in self.fields if doc.get(field) is None]:
+                raise ValueError(f"it has no {' and no '.join(missing)}")
             count = len(self.requests(doc))
             gold = self.right(doc) if self.choices else self.gold(doc)
-        if self.choices:
-            valid = count and (gold is NEVER or type(gold) is int and 0 <= gold < count)
-        else:
-            texts = gold if isinstance(gold, list) else [gold]
-            valid = texts and all(isinstance(text, str) for text in texts)
-        if not valid:
-            raise UserError(f"the gold answer {gold!r} is not "
-                            + (f"one of {count} choices" if self.choices else "a text"))
+            if self.choices:
+                valid = count and (gold is NEVER or type(gold) is int and 0 <= gold < count)
+            else:
+                texts = gold if isinstance(gold, list) else [gold]
+                valid = texts and all(isinstance(text, str) for text in texts)
+            if not valid:
+                raise ValueError(f"the gold answer {gold!r} is not "
+                                 + (f"one of {count} choices" if self.choices else "a text"))
 
 
 def paper(short, *scores):
@@ -578,7 +566,7 @@ def hellaswag_prompt(doc):
     return hellaswag_clean(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")
 
 
-def winogrande_contexts(doc):
+def winogrande_choices(doc):
     """The sentence up to the blank, filled in both ways."""
     before = doc["sentence"].partition("_")[0]
     return [before + doc["option1"], before + doc["option2"]]
@@ -621,19 +609,13 @@ def gsm8k_judge(doc, text):
             for name, answer in found.items()}
 
 
-def humaneval_test(doc):
-    return f"{doc['test']}\ncheck({doc['entry_point']})"
-
-
-def mbpp_tests(doc):
-    first, second, third = doc["test_list"][:3]
-    return f"{first}\n{second}\n{third}"
-
-
-def parsed(program):
-    """The program, if it is Python."""
-    ast.parse(program)
-    return program
+def parsed(template):
+    """A function of a document: the filled-in template, if it is Python."""
+    def fill(doc):
+        program = template.format_map(doc)
+        ast.parse(program)
+        return program
+    return fill
 
 
 def lcs_words(x, y):
@@ -667,6 +649,8 @@ def class_score(classes, text, gold):
     return 1.0 / len(named) if gold in named else 0.0
 
 
+HUMANEVAL_TEST = "{test}\ncheck({entry_point})"
+MBPP_TESTS = "{test_list[0]}\n{test_list[1]}\n{test_list[2]}"
 MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
     {"text": "Write a function to find the similar elements from the given two tuple lists.",
      "code": "def similar_elements(test_tup1, test_tup2):\r\n"
@@ -777,11 +761,11 @@ TASK_LIST = (
          prompt="Question: {goal}\nAnswer:".format_map, gold=itemgetter("label"),
          choices=lambda doc: [doc["sol1"], doc["sol2"]],
          metrics=BOTH, splits=HIDDEN, **paper("PIQA", 75.7, 75.5, 80.0)),
-    # The score is that of the rest of the sentence behind each option, not of the option.
+    # The choices are prompts: the score is that of the rest of the sentence.
     Task("winogrande", ("sentence", "option1", "option2", "answer"),
-         hub=("allenai/winogrande", "winogrande_xl"),
-         choices=winogrande_contexts, contexts=winogrande_contexts, gold=winogrande_gold,
-         prompt=lambda doc: winogrande_contexts(doc)[winogrande_gold(doc)],
+         hub=("allenai/winogrande", "winogrande_xl"), choices=winogrande_choices,
+         gold=winogrande_gold,
+         prompt=lambda doc: winogrande_choices(doc)[winogrande_gold(doc)],
          target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip(),
          metrics=ACC, splits=HIDDEN, **paper("WG", 63.3, 68.0, 74.0)),
     Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4,
@@ -794,21 +778,17 @@ TASK_LIST = (
          gold=mathqa_gold,
          metrics=NORM, splits=TESTED, **paper("MathQA MQ", 35.0, 34.5, 39.4)),
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
-         prompt=itemgetter("prompt"), gold=lambda doc: parsed(doc["test"]),
-         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_tokens=1024,
-         target=humaneval_test,
-         program=lambda doc, text: f"{doc['prompt']}{text}\n{humaneval_test(doc)}",
-         metrics=("pass@1",), splits=("test", "test"), shot_split=None,
-         **paper("HumanEval HE", 47.6, 51.2, 58.5)),
+         prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=parsed("{test}"),
+         program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
+         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), splits=("test", "test"),
+         shot_split=None, **paper("HumanEval HE", 47.6, 51.2, 58.5)),
     # The paper says zero-shot, but its numbers need the harness's default of three fixed shots.
     Task("mbpp", ("text", "code", "test_list"), hub=("google-research-datasets/mbpp", "full"),
-         prompt=lambda doc: "You are an expert Python programmer, and here is your task: "
-                            f"{doc['text']} Your code should pass these tests:\n\n"
-                            f"{mbpp_tests(doc)}\n[BEGIN]\n",
-         target="{code}\n[DONE]".format_map, delimiter="", gold=lambda doc: parsed(mbpp_tests(doc)),
-         program=lambda doc, text: f"{text}\n{mbpp_tests(doc)}", stop=("[DONE]",),
-         metrics=("pass_at_1",), shots=3, fixed_shots=MBPP_SHOTS, first_shots=True, splits=TESTED,
-         **paper("MBPP", 50.0, 54.8, 59.8)),
+         prompt=("You are an expert Python programmer, and here is your task: {text} Your code "
+                 "should pass these tests:\n\n" + MBPP_TESTS + "\n[BEGIN]\n").format_map,
+         target="{code}\n[DONE]".format_map, delimiter="", gold=parsed(MBPP_TESTS),
+         program="{answer}\n" + MBPP_TESTS, stop=("[DONE]",), metrics=("pass_at_1",), shots=3,
+         fixed_shots=MBPP_SHOTS, first_shots=True, splits=TESTED, **paper("MBPP", 50.0, 54.8, 59.8)),
     swde("swde", str, **paper("SWDE", 86.4, 85.8, 91.1)),
     swde("swde_v1", str.strip),
     longbench("samsum", "Summarize the dialogue into a few short sentences. The following are some "
@@ -859,7 +839,7 @@ def generate_gold(doc):
     stop, length = doc.get("stop", []), doc.get("max_tokens", 1)
     if not (isinstance(stop, list) and all(isinstance(text, str) for text in stop)):
         raise ValueError("'stop' must be a list of texts")
-    if not (type(length) is int and length > 0):
+    if type(length) is not int or length < 1:
         raise ValueError("'max_tokens' must be a positive number")
     return doc["answer"]
 
