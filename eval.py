@@ -228,7 +228,7 @@ def claim_dir(path, foreign=()):
         _locks.append(open(path / ".lock", "w"))        # the lock holds while this file is open
         try:
             fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run is at work in {path}; wait, or give another --out.")
     return path
 
@@ -324,8 +324,9 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     if base_only and hybrid:
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     if base_only and quantised:
-        raise UserError(f"{name} is quantised, and such layers are neither distilled nor replaced: "
-                        "give the model in bf16, as its dequantize() and save_pretrained() make it.")
+        raise UserError(f"{name} is quantised, and such layers are neither distilled nor "
+                        "replaced: give the model in bf16, as its dequantize() and "
+                        "save_pretrained() make it.")
     if "auto_map" in config and not hybrid and not trust_remote_code:
         raise UserError(f"{name} brings its own code; add --trust-remote-code to run it.")
     device_map, device = "auto" if device == "auto" else None, find_device(device)
@@ -535,6 +536,8 @@ class Task:
             else:
                 texts = gold if isinstance(gold, list) else [gold]
                 valid = texts and all(isinstance(text, str) for text in texts)
+                if self.program:
+                    ast.parse(gold)
             if not valid:
                 raise ValueError(f"the gold answer {gold!r} is not "
                                  + (f"one of {count} choices" if self.choices else "a text"))
@@ -559,11 +562,6 @@ def hellaswag_clean(text):
     """WikiHow's [tags] go, in one pass; a text that began with a tag keeps the space behind it."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
-
-
-def hellaswag_prompt(doc):
-    # capitalize() also lower-cases all the rest; the field `ctx` is not used.
-    return hellaswag_clean(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")
 
 
 def winogrande_choices(doc):
@@ -607,15 +605,6 @@ def gsm8k_judge(doc, text):
     right = gsm8k_bare(doc["answer"])
     return {f"exact_match,{name}": float(gsm8k_bare("".join(answer) or "[invalid]") == right)
             for name, answer in found.items()}
-
-
-def parsed(template):
-    """A function of a document: the filled-in template, if it is Python."""
-    def fill(doc):
-        program = template.format_map(doc)
-        ast.parse(program)
-        return program
-    return fill
 
 
 def lcs_words(x, y):
@@ -672,8 +661,6 @@ MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
                    for n, top in ((3, "[85, 75, 65] "), (2, "[85, 75] "),
                                   (5, "[85, 75, 65, 58, 35]"))]})
 
-PUBMEDQA_TEST = "178ce354f19c0b3b"  # digest of the official test items' sorted numbers
-
 
 def pubmedqa_split(rows, split):
     """Of the 1,000 labelled rows the official test set, or the rest for any other split, with the
@@ -681,10 +668,10 @@ def pubmedqa_split(rows, split):
     split_dataset.py). Raises ValueError if these rows, in this order, do not give that set."""
     draw, test = random.Random(0), []
     for label in ("yes", "no", "maybe"):
-        labelled = [row["pubid"] for row in rows if row["final_decision"] == label]
-        draw.shuffle(labelled)
-        test += labelled[math.ceil(len(labelled) / 2):]
-    if digest(sorted(map(int, test))) != PUBMEDQA_TEST:
+        ids = [row["pubid"] for row in rows if row["final_decision"] == label]
+        draw.shuffle(ids)
+        test += ids[math.ceil(len(ids) / 2):]
+    if digest(sorted(map(int, test))) != "178ce354f19c0b3b":    # of the official test items
         raise ValueError("the rows in their order there do not give the official test set")
     row_of = {row["pubid"]: dict(row, CONTEXTS=row["context"]["contexts"],
                                  QUESTION=row["question"]) for row in rows}
@@ -749,7 +736,9 @@ TASK_LIST = (
          choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"),
          metrics=ACC, splits=HIDDEN, **paper("CQ", 75.2, 67.7, 77.2)),
     Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-         hub=("Rowan/hellaswag", None), prompt=hellaswag_prompt,
+         hub=("Rowan/hellaswag", None),
+         prompt=lambda doc: hellaswag_clean("{activity_label}: {ctx_a} ".format_map(doc)
+                                            + doc["ctx_b"].capitalize()),  # lower-cases the rest
          choices=lambda doc: list(map(hellaswag_clean, doc["endings"])),
          gold=lambda doc: list("0123").index(str(doc["label"])),
          metrics=BOTH, splits=HIDDEN, **paper("HS", 50.1, 52.4, 59.2)),
@@ -778,7 +767,7 @@ TASK_LIST = (
          gold=mathqa_gold,
          metrics=NORM, splits=TESTED, **paper("MathQA MQ", 35.0, 34.5, 39.4)),
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
-         prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=parsed("{test}"),
+         prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=itemgetter("test"),
          program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
          stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), splits=("test", "test"),
          shot_split=None, **paper("HumanEval HE", 47.6, 51.2, 58.5)),
@@ -786,9 +775,10 @@ TASK_LIST = (
     Task("mbpp", ("text", "code", "test_list"), hub=("google-research-datasets/mbpp", "full"),
          prompt=("You are an expert Python programmer, and here is your task: {text} Your code "
                  "should pass these tests:\n\n" + MBPP_TESTS + "\n[BEGIN]\n").format_map,
-         target="{code}\n[DONE]".format_map, delimiter="", gold=parsed(MBPP_TESTS),
+         target="{code}\n[DONE]".format_map, delimiter="", gold=MBPP_TESTS.format_map,
          program="{answer}\n" + MBPP_TESTS, stop=("[DONE]",), metrics=("pass_at_1",), shots=3,
-         fixed_shots=MBPP_SHOTS, first_shots=True, splits=TESTED, **paper("MBPP", 50.0, 54.8, 59.8)),
+         fixed_shots=MBPP_SHOTS, first_shots=True, splits=TESTED,
+         **paper("MBPP", 50.0, 54.8, 59.8)),
     swde("swde", str, **paper("SWDE", 86.4, 85.8, 91.1)),
     swde("swde_v1", str.strip),
     longbench("samsum", "Summarize the dialogue into a few short sentences. The following are some "
@@ -877,20 +867,17 @@ def hub_docs(task, split):
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
     with blame(f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the "
-               "Hub; if it is gated, accept its terms there and log in; else get its rows elsewhere "
-               f"and run this with `--task {task.name} --docs FILE` (--test-docs, --shot-docs), a "
-               f".jsonl, .jsonl.gz or .parquet with the fields {', '.join(task.fields)}; the Hub"):
+               "Hub; if it is gated, accept its terms there and log in; else get its rows "
+               f"elsewhere and run this with `--task {task.name} --docs FILE` (--test-docs, "
+               f"--shot-docs), a .jsonl, .jsonl.gz or .parquet with the fields "
+               f"{', '.join(task.fields)}; the reason"):
         rows = datasets.load_dataset(name, config, split="train" if task.resplit else split)
         rows = task.resplit(rows, split) if task.resplit else rows
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 class Document(dict):
-    """One row of a dataset, which knows its place in it, for messages."""
-
-    def __init__(self, row, place):
-        super().__init__(row)
-        self.place = place
+    """One row of a dataset; `place` says where it is, for messages."""
 
 
 def place_of(doc):
@@ -903,7 +890,8 @@ def load_docs(task, split, path=None):
     for place, row in read_docs(str(path)) if path else hub_docs(task, split):
         with blame(place):
             task.check(row)
-        docs.append(Document(row, place))
+        docs.append(Document(row))
+        docs[-1].place = place
     if not docs:
         raise UserError(f"{path or task.hub[0]} holds no documents")
     return docs
@@ -976,10 +964,10 @@ def draw_shots(task, docs, k, pool, searched=False):
         drawn = draw.sample(pool, k + extra)
         if not extra:
             return drawn
-        others = [row for row in drawn if other(row)][:k]
-        if len(others) == k:
-            return others
-        return draw.sample([row for row in pool if other(row)], k)  # copies were drawn with it
+        drawn = [row for row in drawn if other(row)][:k]
+        if len(drawn) < k:              # copies of the document were drawn with it
+            drawn = draw.sample([row for row in pool if other(row)], k)
+        return drawn
     return [shots_of(doc) for doc in docs]
 
 

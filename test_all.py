@@ -3375,107 +3375,35 @@ def test_distillation_on_another_device(lab, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit code 2, before any work
 
-def bad_files(path):
-    (path / "empty.jsonl").write_text("")
-    (path / "binary.jsonl").write_bytes(bytes(range(256)))
-    (path / "broken.jsonl").write_text('{"context": "t1", "choices": ["t2", "t3"], "gold": 0}\n{"')
-    item = {"context": "t1", "choices": ["t2", "t3"], "gold": 0}
-    for name, change in (("one", {"choices": ["t2"]}), ("range", {"gold": 2}),
-                         ("text", {"gold": "0"}), ("long", {"context": "t1 " * 80})):
-        write_rows(path / f"{name}.jsonl", [item, {**item, **change}])
-    (path / "short.jsonl").write_text('{"text": "t1 t2"}\n')
-    (path / "file").write_text("")
-    transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32)).save_pretrained(path / "bert")
-    random_model(transformers.Gemma3nTextConfig(
-        **{**SMALL, "num_hidden_layers": 4}, head_dim=8, vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=2,
-        activation_sparsity_pattern=[0.0] * 4, layer_types=["full_attention"] * 4)).save_pretrained(
-            path / "sharing")
-    llama = random_model(transformers.LlamaConfig(**SMALL))
-    for name, entry in (("quantised", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-                        ("flash", {"attn_implementation": "flash_attention_2"}),
-                        ("flex", {"attn_implementation": "flex_attention"})):
-        llama.save_pretrained(path / name)
-        config = json.loads((path / name / "config.json").read_text())
-        (path / name / "config.json").write_text(json.dumps({**config, **entry}))
-    for name in ("bert", "sharing", "quantised", "flash", "flex"):
-        evaluation.demo_tokenizer().save_pretrained(path / name)
-    (path / "gguf").mkdir()
-    (path / "gguf" / "model.gguf").write_bytes(b"GGUF")
-
-
-BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, what the sentence says)
-    "no such model": ("distill", dict(model="{tmp}/nothing"), "no such model"),
-    "no such hub model": ("eval", dict(model="no-such/model"), "no such model"),
-    "not a causal LM": ("distill", dict(model="{tmp}/bert"), "causal language model"),
-    "hybrid to distill": ("distill", dict(model="{run}-search/opt"), "already a hybrid"),
-    "hybrid to search": ("replace", dict(model="{run}-search/opt"), "already a hybrid"),
-    "quantised": ("distill", dict(model="{tmp}/quantised"), "give the model in bf16"),
-    "quantised, to score": ("eval", dict(model="{tmp}/quantised"), "load it unquantised"),
-    "GGUF": ("distill", dict(model="{tmp}/gguf"), "gguf_file="),
-    "no such attention": ("eval", dict(model="{tmp}/flash"), "config.json"),
-    "a mask that is not read": ("distill", dict(model="{tmp}/flex"), "sdpa"),
-    "layers share keys": ("distill", dict(model="{tmp}/sharing"), "cannot be replaced one by one"),
-    "remote code": ("distill", dict(model="{tmp}/remote"), "--trust-remote-code"),
-    "blocks of another model": ("replace", dict(model="{tmp}/other"), "another model"),
-    "no blocks": ("replace", dict(blocks="{tmp}"), "distill.json"),
-    "two mixers": ("replace", dict(blocks="{run},{lab}/gla"), "different mixers"),
-    "missing layer": ("replace", dict(blocks="{tmp}/partial"), "layer 0"),
-    "foreign tensors": ("replace", dict(blocks="{tmp}/foreign"), "does not hold a gdn module"),
-    "empty task": ("replace", dict(task="{tmp}/empty.jsonl"), "no documents"),
-    "binary task": ("replace", dict(task="{tmp}/binary.jsonl"), "cannot read"),
-    "broken task": ("replace", dict(task="{tmp}/broken.jsonl"), "line 2"),
-    "one choice": ("eval", dict(task="{tmp}/one.jsonl"), "line 2"),
-    "gold out of range": ("eval", dict(task="{tmp}/range.jsonl"), "line 2"),
-    "gold not a number": ("eval", dict(task="{tmp}/text.jsonl"), "line 2"),
-    "item too long": ("eval", dict(task="{tmp}/long.jsonl"), "line 2"),
-    "item too long to search": ("replace", dict(task="{tmp}/long.jsonl"), "line 2"),
-    "test of another kind": ("replace", dict(test="{lab}/generate.jsonl"), "one kind"),
-    "no text column": ("distill", dict(text_column="body"), "columns: text"),
-    "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "no such file"),
-    "no such task file": ("eval", dict(task="{tmp}/none.jsonl"), "cannot read"),
-    "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
-    "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
-    "shots of a file": ("eval", dict(shots=2), "named task"),
-    "shots below zero": ("eval", dict(task="pubmedqa", shots=-1), "no number of examples"),
-    "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
-    "corpus too short": ("distill", dict(data="{tmp}/short.jsonl"), "two"),
-    "no such dataset": ("distill", dict(data="no-such/dataset"), "no-such/dataset"),
-    "bad weight": ("distill", dict(data="a/b@none"), "weight"),
-    "out is a file": ("distill", dict(out="{tmp}/file"), "is a file"),
-    "out is a file, search": ("replace", dict(out="{tmp}/file"), "is a file"),
-    "out is a run": ("distill", dict(out="{run}"), "--resume"),
-    "out is another run": ("distill", dict(out="{run}", resume=True, attn="jet"), "another run"),
-    "out is a distillation": ("replace", dict(out="{run}"), "something else"),
-    "out is a search": ("distill", dict(out="{run}-search"), "something else"),
-    "layers out of range": ("distill", dict(layers="2-7"), "layers 0 to 3"),
-    "layers not numbers": ("replace", dict(layers="a,b"), "numbers"),
-    "layers backwards": ("distill", dict(layers="3-1"), "out of range"),
-    "unknown mixer": ("distill", dict(attn="mamba"), "invalid choice"),
-    "unknown task": ("replace", dict(task="nothing"), "no task 'nothing'"),
-    "unknown metric": ("eval", dict(metric="f1"), "no metric f1"),
-    "negative tokens": ("distill", dict(tokens=-5), "positive"),
-    "negative batch": ("eval", dict(batch_size=-1), "positive"),
-    "zero lr": ("distill", dict(lr=0), "positive"),
-    "max-drop": ("replace", dict(max_drop=1.5), "0 to 1"),
-    "p-min": ("replace", dict(p_min=-1), "--p-min"),
-    "seq-len": ("distill", dict(seq_len=65), "context of 64"),
-    "no such device": ("eval", dict(device="cuda:7"), "--device"),
-    "no out": ("distill", dict(out=None), "--out"),
-}
-
-
 @pytest.fixture(scope="session")
 def bad(lab, runs, tmp_path_factory):
+    """Files, models and runs that BAD gives to the scripts."""
     path = tmp_path_factory.mktemp("bad")
-    bad_files(path)
-    random_model(transformers.LlamaConfig(**SMALL)).save_pretrained(path / "other")
-    evaluation.demo_tokenizer().save_pretrained(path / "other")
-    (path / "remote").mkdir()
-    (path / "remote" / "config.json").write_text(
-        '{"model_type": "odd", "auto_map": {"AutoModelForCausalLM": "odd.Odd"}}')
+    item = {"context": "t1", "choices": ["t2", "t3"], "gold": 0}
+    write_rows(path / "long.jsonl", [item, {**item, "context": "t1 " * 80}])
+    (path / "broken.jsonl").write_text(json.dumps(item) + '\n{"')
+    (path / "short.jsonl").write_text('{"text": "t1 t2"}\n')
+    (path / "file").write_text("")
+    llama = transformers.LlamaConfig(**SMALL)
+    for name, config, entries in (
+            ("other", llama, {}), ("remote", llama, {"auto_map": {"AutoModelForCausalLM": "o.O"}}),
+            ("quantised", llama, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+            ("flash", llama, {"attn_implementation": "flash_attention_2"}),
+            ("flex", llama, {"attn_implementation": "flex_attention"}),
+            ("bert", transformers.BertConfig(
+                vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=32), {}),
+            ("sharing", transformers.Gemma3nTextConfig(
+                **{**SMALL, "num_hidden_layers": 4}, head_dim=8, vocab_size_per_layer_input=64,
+                hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2,
+                num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * 4,
+                layer_types=["full_attention"] * 4), {})):
+        random_model(config).save_pretrained(path / name)
+        evaluation.demo_tokenizer().save_pretrained(path / name)
+        saved = json.loads((path / name / "config.json").read_text())
+        (path / name / "config.json").write_text(json.dumps({**saved, **entries}))
+    (path / "gguf").mkdir()
+    (path / "gguf" / "model.gguf").write_bytes(b"GGUF")
     for name in ("partial", "foreign"):
         (path / name).mkdir()
         record = distill.read_run(runs["gdn"])
@@ -3489,34 +3417,108 @@ def bad(lab, runs, tmp_path_factory):
     return path
 
 
+BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of the sentence)
+    "no such model": ("distill", dict(model="{tmp}/nothing"), "no such model"),
+    "no such hub model": ("eval", dict(model="no-such/model"), "no such model"),
+    "a folder without a model": ("eval", dict(model="{tmp}"), "no such model"),
+    "not a causal LM": ("distill", dict(model="{tmp}/bert"), "causal language model"),
+    "hybrid to distill": ("distill", dict(model="{run}-search/opt"), "already a hybrid"),
+    "quantised": ("distill", dict(model="{tmp}/quantised"), "give the model in bf16"),
+    "quantised, to score": ("eval", dict(model="{tmp}/quantised"), "load it unquantised"),
+    "GGUF": ("distill", dict(model="{tmp}/gguf"), "gguf_file="),
+    "no such attention": ("eval", dict(model="{tmp}/flash"), "flash"),
+    "a mask that is not read": ("distill", dict(model="{tmp}/flex"), "sdpa"),
+    "layers share keys": ("distill", dict(model="{tmp}/sharing"), "cannot be replaced one by one"),
+    "remote code": ("distill", dict(model="{tmp}/remote"), "--trust-remote-code"),
+    "blocks of another model": ("replace", dict(model="{tmp}/other"), "another model"),
+    "no blocks": ("replace", dict(blocks="{tmp}"), "distill.json"),
+    "two mixers": ("replace", dict(blocks="{run},{lab}/gla"), "different mixers"),
+    "missing layer": ("replace", dict(blocks="{tmp}/partial"), "layer 0"),
+    "foreign tensors": ("replace", dict(blocks="{tmp}/foreign"), "does not hold a gdn module"),
+    "broken task": ("replace", dict(task="{tmp}/broken.jsonl"), "line 2"),
+    "item too long": ("eval", dict(task="{tmp}/long.jsonl"), "line 2"),
+    "test of another kind": ("replace", dict(test="{lab}/generate.jsonl"), "one kind"),
+    "no text column": ("distill", dict(text_column="body"), "columns: text"),
+    "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "no such file"),
+    "no such task file": ("eval", dict(task="{tmp}/none.jsonl"), "cannot read"),
+    "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
+    "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
+    "no demo": ("eval", dict(task="copy"), "`python distill.py` makes the demo"),
+    "shots of a file": ("eval", dict(shots=2), "named task"),
+    "shots below zero": ("eval", dict(task="pubmedqa", shots=-1), "no number of examples"),
+    "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
+    "corpus too short": ("distill", dict(data="{tmp}/short.jsonl"), "two"),
+    "no such dataset": ("distill", dict(data="no-such/dataset"), "no-such/dataset"),
+    "bad weight": ("distill", dict(data="a/b@none"), "weight"),
+    "out is a file": ("distill", dict(out="{tmp}/file"), "--out"),
+    "out is a run": ("distill", dict(out="{run}"), "--resume"),
+    "out is another run": ("distill", dict(out="{run}", resume=True, attn="jet"), "another run"),
+    "out is a distillation": ("replace", dict(out="{run}"), "something else"),
+    "out is a search": ("distill", dict(out="{run}-search"), "something else"),
+    "layers out of range": ("distill", dict(layers="2-7"), "layers 0 to 3"),
+    "unknown mixer": ("distill", dict(attn="mamba"), "invalid choice"),
+    "unknown task": ("replace", dict(task="nothing"), "no task 'nothing'"),
+    "unknown metric": ("eval", dict(metric="f1"), "no metric f1"),
+    "negative tokens": ("distill", dict(tokens=-5), "positive"),
+    "zero lr": ("distill", dict(lr=0), "positive"),
+    "max-drop": ("replace", dict(max_drop=1.5), "0 to 1"),
+    "p-min": ("replace", dict(p_min=-1), "--p-min"),
+    "seq-len": ("distill", dict(seq_len=65), "context of 64"),
+    "no such device": ("eval", dict(device="cuda:7"), "--device"),
+    "no out": ("distill", dict(out=None), "--out"),
+}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, capsys):
+    """One sentence that names the file or the flag, exit code 2, and nothing is written."""
     script, flags, says = BAD[name]
-    make = {"distill": lambda out=tmp_path / "out", **f: distill_command(lab, out, **f),
-            "replace": lambda blocks=runs["gdn"], out=tmp_path / "out", **f: replace_command(
-                lab, blocks, out, **f),
-            "eval": lambda **f: command("eval.py", **{"model": lab / "model",
-                                                      "task": lab / "val.jsonl", **f})}[script]
-    filled = {k: v.format(lab=lab, tmp=bad, run=runs["gdn"]) if isinstance(v, str) else v
-              for k, v in flags.items()}
-    words = make(**filled)
-    if None in filled.values():
+    flags = {key: value.format(lab=lab, tmp=bad, run=runs["gdn"]) if isinstance(value, str) else
+             value for key, value in flags.items()}
+    monkeypatch.chdir(tmp_path)
+    if script == "eval":
+        words = command("eval.py", **{"model": lab / "model", "task": lab / "val.jsonl", **flags})
+    elif script == "distill":
+        words = distill_command(lab, **{"out": tmp_path / "out", **flags})
+    else:
+        words = replace_command(lab, **{"blocks": runs["gdn"], "out": tmp_path / "out", **flags})
+    if None in flags.values():
         where = words.index("None")
-        words = words[: where - 1] + words[where + 1:]
+        del words[where - 1: where + 1]
     before = sorted(runs["gdn"].iterdir())
     code, result, err = call(words, monkeypatch, capsys)
-    sentence = err.strip().splitlines()[-1]
-    assert code == 2 and result is None, err
-    assert says in sentence and "Traceback" not in err, err
-    assert len([line for line in err.splitlines() if line.startswith(f"{script}.py: ")]) == 1, err
+    assert code == 2 and result is None and "Traceback" not in err, err
+    sentence, = (line for line in err.splitlines() if line.startswith(f"{script}.py: "))
+    assert says in sentence and sentence == err.strip().splitlines()[-1], err
     assert sorted(runs["gdn"].iterdir()) == before
     assert not list(tmp_path.glob("out/layer*")) and not list(tmp_path.glob("out/search.jsonl"))
 
 
-def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code, _, err = call(command("eval.py", model=lab / "model", task="copy"), monkeypatch, capsys)
-    assert code == 2 and "`python distill.py` makes the demo" in err
+def test_layers_are_numbers_and_ranges():
+    """A layer that the model has not, or none at all, would end a run late."""
+    assert evaluation.parse_layers("3, 7-9,8", 10) == [3, 7, 8, 9]
+    for text in ("", "a,b", "3-1", "-1", "1-", "9-10", "1,,2"):
+        with pytest.raises(UserError, match="layers 0 to 9"):
+            evaluation.parse_layers(text, 10)
+
+
+@pytest.mark.parametrize("error, written, code, says", (
+    (FileNotFoundError(2, "No such file", "a"), False, 2, "No such file: 'a'"),
+    (KeyError("n"), False, 2, "KeyError: 'n'"), (ValueError("bad\nflag"), False, 2, "bad flag"),
+    (UserError("mend it"), True, 2, "mend it"), (OSError("disk full"), True, 1, "disk full; what"),
+    (FloatingPointError("NaN"), False, 1, "stopped: NaN"), (KeyboardInterrupt(), True, 130, "intact"),
+    (KeyError("n"), True, KeyError, ""), (TypeError("n"), False, TypeError, "")))
+def test_exit_codes(tmp_path, monkeypatch, capsys, error, written, code, says):
+    """2 for bad input, also in a library's words; 1 for a failure during the work; a traceback is
+    left for faults of this program alone."""
+    def main():
+        if written:
+            evaluation.write_json(tmp_path / "file", 1)
+        raise error
+    with pytest.raises(SystemExit if isinstance(code, int) else code) as caught:
+        evaluation.run_script(main)
+    if isinstance(code, int):
+        assert caught.value.code == code and says in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_with_layer_and_step(lab, tmp_path, monkeypatch, capsys):
