@@ -2046,16 +2046,13 @@ def test_real_files():
     assert solutions == [{"pass@1": 1.0}] * 4
 
 
-HELLASWAG = {"activity_label": "Fixing [substeps]", "ctx_a": "A man  stands.",
-             "ctx_b": "he Looks at NYC [title] end", "label": "2",
-             "endings": ["[step] and sits.", "[x]", "runs   far", "a [title] b"]}
+HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": list("wxyz"),
+             "label": "2"}
 WINOGRANDE = {"sentence": "Ann likes Eve because _ is kind_ . ", "option1": "Ann",
               "option2": "Eve", "answer": "2"}
-MATHQA = {"Problem": "p", "options": "a ) rs . 1 , 200 , b ) 2 , c ) 3 , d ) 4 , e ) 5 , ",
-          "correct": "e"}
+MATHQA = {"Problem": "p", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "e"}
 ARC = {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
-OBQA = {"question_stem": "42", "choices": {"text": ["x"] * 4, "label": list("ABCD")},
-        "answerKey": " B"}
+OBQA = {"question_stem": "42", "choices": ARC["choices"], "answerKey": " 2"}
 MMLU = {"question": " q \n", "choices": ["1", " 2", "3 ", "4"], "answer": 3}
 BOOLQ = {"passage": "", "question": "is it?", "label": 0}
 PUBMED = {"CONTEXTS": ["a", "b"], "QUESTION": "q", "final_decision": "maybe"}
@@ -2063,67 +2060,40 @@ GSM8K = {"question": "q", "answer": "<<1+1=2>>2\n#### 2"}
 CODE = {"prompt": "def f():\n", "test": "def check(f):\n    pass\n", "entry_point": "f"}
 MBPP = {"text": "t", "code": "c", "test_list": ["a", "b", "c", "d"]}
 TREC = {"context": "c", "question": "q", "answers": ["", "x"], "all_classes": ["x"]}
+SWDE = {"text": "City:\n", "value": "Rome "}
 
 
-def test_prompts_by_hand():
-    """The harness's quirks, on documents that need no files."""
+def test_shots_by_hand():
+    """What the harness shows as a solved example, in the cases that its files above have not."""
     def asked(name, doc, *shots):
         return TASKS[name].requests(doc, shots)
-    assert asked("HS", HELLASWAG)[0] == ("Fixing : A man stands. He looks at nyc. end",
-                                         "  and sits.")
-    assert [rest for _, rest in asked("HS", HELLASWAG)[1:]] == [" ", " runs  far", " a. b"]
     assert asked("WG", WINOGRANDE) == [(f"Ann likes Eve because {name}", " is kind_ .")
                                        for name in ("Ann", "Eve")]
-    last = dict(WINOGRANDE, sentence="She met _")
-    assert asked("WG", last)[0] == ("She met Ann", " ")
     # a shot without a rest has no answer, and the harness then adds no blank line either
+    last = dict(WINOGRANDE, sentence="She met _")
     assert asked("WG", WINOGRANDE, last)[1][0] == "She met EveAnn likes Eve because Eve"
-    assert [rest for _, rest in asked("MQ", MATHQA)] == [" rs . 1", " 2", " 3", " 4", " 5"]
     (alone, _), (shown, _) = asked("TREC", TREC)[0], asked("TREC", TREC, TREC)[0]
     assert shown == alone + "\n\n" + alone
     assert asked("HE", CODE, CODE)[0][0] == (
         "def f():\n def check(f):\n    pass\n\ncheck(f)\n\ndef f():\n")
-    assert asked("EC", MMLU, MMLU)[3] == (
+    question = "q\nA. 1\nB.  2\nC. 3 \nD. 4\nAnswer:"
+    assert asked("EC", MMLU, dict(MMLU, answer="D"))[3] == (
         "The following are multiple choice questions (with answers) about econometrics.\n\n"
-        "q\nA. 1\nB.  2\nC. 3 \nD. 4\nAnswer: D\n\nq\nA. 1\nB.  2\nC. 3 \nD. 4\nAnswer:", " D")
-    assert asked("PM", PUBMED)[2] == ("Abstract: a\nb\nQuestion: q\nAnswer:", " maybe")
-    assert asked("BoolQ", BOOLQ)[0] == ("\nQuestion: is it??\nAnswer:", " no")
-    assert asked("OBQA", OBQA)[0] == ("42", " x")
-    assert asked("gsm8k", GSM8K, GSM8K)[0][0] == (
-        "Question: q\nAnswer: <<1+1=2>>2\n#### 2\n\nQuestion: q\nAnswer:")
-    assert asked("mbpp", MBPP, MBPP)[0][0].endswith(
-        "a\nb\nc\n[BEGIN]\nc\n[DONE]\n\nYou are an expert Python programmer, and here is your task:"
-        " t Your code should pass these tests:\n\na\nb\nc\n[BEGIN]\n")
-    assert [asked(name, {"text": "City:\n", "value": "x"})[0][0] for name in ("swde", "swde_v1")] == [
-        "City:\n", "City:"]
+        f"{question} D\n\n{question}", " D")
+    assert [asked(name, SWDE)[0][0] for name in ("swde", "swde_v1")] == ["City:\n", "City:"]
 
 
 @pytest.mark.parametrize("name, doc, outputs, metrics", (
-    ("HS", HELLASWAG, [-9.0, -0.1, -8.0, -9.6], {"acc": 0, "acc_norm": 1}),
-    ("WG", WINOGRANDE, [-1.0, -0.5], {"acc": 1}),
-    ("OBQA", OBQA, [-2, -1, -1, -3], {"acc": 1, "acc_norm": 1}),
+    ("OBQA", OBQA, [-2, -1], {"acc": 1, "acc_norm": 1}),
     # four options, the fifth is right: no model can get it, as in the harness
     ("MQ", dict(MATHQA, options="a ) 1 , b ) 2 , c: 3 , d ) 4 , e ) 5"), [0, 0, 0, 9],
      {"acc": 0, "acc_norm": 0}),
     ("MK", dict(MMLU, answer="B"), [-2, -1, -3, -4], {"acc": 1}),   # the right choice as a text
-    ("BQ", dict(BOOLQ, label="yes"), [-2, -1], {"acc": 1}),
     ("BQ", dict(BOOLQ, label=True), [-2, -1], {"acc": 1}),          # as SuperGLUE's own files
     ("BQ", dict(BOOLQ, label=False), [-2, -1], {"acc": 0}),
-    ("swde", {"text": "", "value": "Rome "}, ["in rome"], {"contains": 0}),
-    ("swde_v1", {"text": "", "value": "Rome "}, ["in rome"], {"contains": 1}),
-    ("gsm8k", dict(GSM8K, answer="#### 1,200."), ["so $1,200. Question: 7"],
-     {"exact_match,strict-match": 0, "exact_match,flexible-extract": 1}),
-    ("gsm8k", dict(GSM8K, answer="#### 1,200."), ["#### 1200 or 3"],
-     {"exact_match,strict-match": 1, "exact_match,flexible-extract": 0}),
-    ("SAMSum", dict(TREC, answers=["Ann and Bob meet. They eat."]), ["\nAnn and Bob meet."],
-     {"score": 0, "rouge_score": 0}),
-    ("SAMSum", dict(TREC, answers=["Ann and Bob meet. They eat."]),
-     [" They eat. Ann and Bob meet.\nx"], {"score": 0.999999995, "rouge_score": 0.999999995}),
-    # `Num` goes, so `N` is skipped and stays beside `Number`
-    ("TREC", dict(TREC, answers=["Number"], all_classes=["Num", "N", "Number", "Date"]),
-     ["Number"], {"score": 0.5, "classification_score": 0.5})))
+    ("swde", SWDE, ["in rome"], {"contains": 0}), ("swde_v1", SWDE, ["in rome"], {"contains": 1})))
 def test_scores_by_hand(name, doc, outputs, metrics):
-    """The harness's scores, on documents that need no files."""
+    """Documents that are spelled as some copies of a dataset are."""
     TASKS[name].check(doc)
     assert TASKS[name].score(doc, outputs) == metrics
 
@@ -2170,10 +2140,9 @@ def test_names():
 @pytest.mark.parametrize("name, doc, why", [
     ("arc_easy", dict(ARC, answerKey="C"), "'C' is not in list"),
     ("boolq", dict(BOOLQ, label=-1), "-1 is not one of 2"),
-    ("hellaswag", dict(HELLASWAG, label=""), "'' is not"),
+    ("hellaswag", dict(HELLASWAG, label=""), "'' is not in list"),
     ("pubmedqa", dict(PUBMED, final_decision="perhaps"), "'perhaps' is not one of 3"),
     ("gsm8k", dict(GSM8K, answer="five"), "no number"),
-    ("winogrande", dict(WINOGRANDE, answer=""), "'' is not"),
     ("winogrande", dict(WINOGRANDE, sentence=""), "substring not found"),
     ("mathqa", dict(MATHQA, options="1, 2, 3"), "not one of 0 choices"),
     ("mathqa", dict(MATHQA, correct=""), "'' is not in list"),
@@ -2181,11 +2150,9 @@ def test_names():
     ("longbench_samsum", dict(TREC, answers=[]), "is not a text"),
     ("mbpp", dict(MBPP, test_list=["assert f()"]), "IndexError"),
     ("choices", {"context": "c", "choices": ["a"], "gold": 0}, "two or more"),
-    ("choices", {"context": "c", "choices": ["a", "b"], "gold": 2}, "gold answer 2 is not one of 2"),
     ("choices", {"context": "c", "choices": ["a", "b"], "gold": True}, "gold answer True"),
     ("choices", {"context": "c", "choices": ["a", 1], "gold": 0}, "TypeError"),
     ("choices", {"context": "c", "choices": ["a", "b"]}, "no gold"),
-    ("choices", {"context": "c\ud83d", "choices": ["a", "b"], "gold": 0}, "surrogates"),
     ("choices", {"context": "c", "choices": ["a", "\ude00b"], "gold": 0}, "surrogates"),
     ("answers", {"prompt": "\ud83d", "answer": "5"}, "surrogates"),
     ("answers", {"prompt": "p", "answer": 5}, "not a text"),
