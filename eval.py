@@ -510,7 +510,7 @@ class Task:
             lls, lengths = np.array(outputs, float), list(map(len, self.choices(doc)))
             with np.errstate(divide="ignore", invalid="ignore"):    # an empty choice gets -inf
                 by = {"acc": lls, "acc_norm": lls / lengths}
-            return {m: float(by[m].argmax() == self.right(doc)) for m in self.metrics}
+            return {m: float(by[m].argmax() == self.right(doc)) for m in sorted(self.metrics)}
         text, = outputs
         for stop in filter(None, self.limits(doc)["until"]):
             text = text.split(stop)[0]

@@ -3387,7 +3387,7 @@ def bad(lab, runs, tmp_path_factory):
 BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of the sentence)
     "no such model": ("distill", dict(model="{tmp}/nothing"), "no such model"),
     "no such hub model": ("eval", dict(model="no-such/model"), "no such model"),
-    "a folder without a model": ("eval", dict(model="{tmp}"), "no such model"),
+    "a folder without a model": ("eval", dict(model="{tmp}"), "config.json"),
     "not a causal LM": ("distill", dict(model="{tmp}/bert"), "causal language model"),
     "hybrid to distill": ("distill", dict(model="{run}-search/opt"), "already a hybrid"),
     "quantised": ("distill", dict(model="{tmp}/quantised"), "give the model in bf16"),
