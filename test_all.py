@@ -3346,6 +3346,7 @@ def test_distillation_on_another_device(lab, tmp_path):
 def bad(lab, runs, tmp_path_factory):
     """Files, models and runs that BAD gives to the scripts."""
     path = tmp_path_factory.mktemp("bad")
+    _, tokenizer = load_lab_model(lab)
     item = {"context": "t1", "choices": ["t2", "t3"], "gold": 0}
     write_rows(path / "long.jsonl", [item, {**item, "context": "t1 " * 80}])
     (path / "broken.jsonl").write_text(json.dumps(item) + '\n{"')
@@ -3366,7 +3367,7 @@ def bad(lab, runs, tmp_path_factory):
                 num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * 4,
                 layer_types=["full_attention"] * 4), {})):
         random_model(config).save_pretrained(path / name)
-        evaluation.demo_tokenizer().save_pretrained(path / name)
+        tokenizer.save_pretrained(path / name)
         saved = json.loads((path / name / "config.json").read_text())
         (path / name / "config.json").write_text(json.dumps({**saved, **entries}))
     (path / "gguf").mkdir()
@@ -3406,11 +3407,10 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of 
     "item too long": ("eval", dict(task="{tmp}/long.jsonl"), "line 2"),
     "test of another kind": ("replace", dict(test="{lab}/generate.jsonl"), "one kind"),
     "no text column": ("distill", dict(text_column="body"), "columns: text"),
-    "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "no such file"),
+    "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "none.jsonl"),
     "no such task file": ("eval", dict(task="{tmp}/none.jsonl"), "cannot read"),
     "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
     "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
-    "no demo": ("eval", dict(task="copy"), "`python distill.py` makes the demo"),
     "shots of a file": ("eval", dict(shots=2), "named task"),
     "shots below zero": ("eval", dict(task="pubmedqa", shots=-1), "no number of examples"),
     "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
@@ -3486,6 +3486,12 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, error, written, code, says):
         evaluation.run_script(main)
     if isinstance(code, int):
         assert caught.value.code == code and says in capsys.readouterr().err
+
+
+def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(command("eval.py", model=lab / "model", task="copy"), monkeypatch, capsys)
+    assert code == 2 and "`python distill.py` makes the demo" in err
 
 
 def test_a_loss_that_is_not_finite_stops_with_layer_and_step(lab, tmp_path, monkeypatch, capsys):
