@@ -33,7 +33,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -130,7 +129,8 @@ def sentence(error):
     if isinstance(error, UserError):
         return str(error)
     text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+    clear = isinstance(error, ValueError) or getattr(error, "strerror", None)
+    return text if clear else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
@@ -213,6 +213,7 @@ def versions():
 
 
 def make_output_dir(path):
+    """Make the output directory. Raises UserError if that cannot be."""
     with blame("--out must be a directory that can be made"):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
@@ -307,7 +308,7 @@ def read_config(name):
         raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
                         "gguf_file=FILE) and save_pretrained(OUT) of AutoModelForCausalLM and of "
                         "AutoTokenizer.")
-    with blame(f"no such model: {name}"):
+    with blame(f"no such model: {name} is no model's directory here, nor loads from the Hub"):
         return transformers.PreTrainedConfig.get_config_dict(name)[0]
 
 
