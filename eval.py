@@ -443,12 +443,12 @@ class Task:
     fields: tuple               # what every document must have
     prompt: Callable            # the text that the model continues
     gold: Callable              # index or text of the right choice, or the reference; may fail
-    metrics: tuple              # what the harness prints, first the one the paper most likely has
-    choices: Callable = None    # their texts; with `target` they are prompts that it continues
+    metrics: tuple              # the harness's; the paper most likely reports the first
+    choices: Callable = None    # texts; with a `target` they are prompts, which it continues
     stop: tuple = ()
     max_tokens: int = 256       # the harness's number where a task names none
     judge: Callable = None      # document, text -> metrics
-    program: str = None         # fails unless the text, its {answer}, is right
+    program: str = None         # a template: fails unless the text, {answer}, is right
     description: str = ""
     target: Callable = None     # the answer that a shot shows, if it is not the right choice
     delimiter: str = " "        # between prompt and answer
@@ -458,9 +458,9 @@ class Task:
     fixed_shots: tuple = ()
     hub: tuple = None           # dataset and configuration
     splits: tuple = None        # the split to search on and the split to report, see split_docs
-    resplit: Callable = None    # rows, split -> rows, where the Hub has all in one split, train
+    resplit: Callable = None    # rows, split -> rows, if the Hub has all rows in the split train
     short: str = ""             # the paper's names
-    paper: dict = None          # the paper's score of each of MODELS in percent, nothing replaced
+    paper: dict = None          # the paper's scores of MODELS in percent, with nothing replaced
 
     @property
     def metric(self):
@@ -485,7 +485,7 @@ class Task:
         return [(prompt, self.limits(doc))]
 
     def shot(self, doc):
-        """A solved example, with the first of several answers. Where a target is empty the harness
+        """A solved example, with the first of several answers. For an empty target the harness
         leaves out the blank line too."""
         if not self.target and self.right(doc) is NEVER:
             raise UserError(f"{place_of(doc)} cannot be a shot: none of its choices is right")
@@ -587,7 +587,7 @@ def mathqa_gold(doc):
 
 
 def gsm8k_bare(text):
-    """What is compared: no commas, no dollars, nothing up to the last '#### ', no full stop."""
+    """The part that is compared: behind the last '#### ', without commas, dollars, full stop."""
     for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
         text = re.sub(pattern, "", text)
     return text.lower()
@@ -664,9 +664,9 @@ MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
 
 
 def pubmedqa_split(rows, split):
-    """Of the 1,000 labelled rows the official test set, or the rest for any other split, with the
-    fields of the original files. Made as its authors made it (pubmedqa/pubmedqa on GitHub,
-    split_dataset.py). Raises ValueError if these rows, in this order, do not give that set."""
+    """The official test set of the 1,000 labelled rows, or the other rows for any other split, with
+    the fields of the original files. It is drawn as its authors drew it (pubmedqa/pubmedqa on
+    GitHub, split_dataset.py). Raises ValueError if rows in another order give another set."""
     draw, test = random.Random(0), []
     for label in ("yes", "no", "maybe"):
         ids = [row["pubid"] for row in rows if row["final_decision"] == label]
@@ -835,7 +835,7 @@ def generate_gold(doc):
     return doc["answer"]
 
 
-# The two kinds of items that a JSON-lines file may hold: rank the choices, or write an answer.
+# The two kinds of items in JSON-lines files: choices to rank, or an answer to write.
 CHOICE_FILE = Task(
     "choices", ("context", "choices", "gold"), itemgetter("context"), choice_gold, BOTH,
     choices=itemgetter("choices"))
@@ -847,7 +847,7 @@ GENERATE_FILE = Task(
 # Documents: from the Hub or from files of the same schema
 
 def read_docs(path):
-    """The rows of a .jsonl, .jsonl.gz or .parquet file, each with its place in it."""
+    """[(place in the file, row)] of a .jsonl, .jsonl.gz or .parquet file. Raises UserError."""
     with blame(f"cannot read {path}"):
         if path.endswith(".parquet"):
             import pyarrow.parquet
@@ -863,7 +863,7 @@ def read_docs(path):
 
 
 def hub_docs(task, split):
-    """The rows of one split of the task's dataset on the Hub, each with its place in it."""
+    """[(place in the dataset, row)] of one split on the Hub. Raises UserError."""
     import datasets
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
