@@ -571,10 +571,6 @@ def winogrande_choices(doc):
     return [before + doc["option1"], before + doc["option2"]]
 
 
-def winogrande_gold(doc):
-    return ["1", "2"].index(doc["answer"])
-
-
 def mathqa_choices(doc):
     """Five options cut from one string; a comma and a space inside an option end it."""
     found = re.findall(r"[abcd] \) .*?, |e \) .*?$", doc["options"])
@@ -754,8 +750,8 @@ TASK_LIST = (
     # The choices are prompts: the score is that of the rest of the sentence.
     Task("winogrande", ("sentence", "option1", "option2", "answer"),
          hub=("allenai/winogrande", "winogrande_xl"), choices=winogrande_choices,
-         gold=winogrande_gold,
-         prompt=lambda doc: winogrande_choices(doc)[winogrande_gold(doc)],
+         gold=lambda doc: int(doc["answer"]) - 1,
+         prompt=lambda doc: winogrande_choices(doc)[int(doc["answer"]) - 1],
          target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip(),
          metrics=ACC, splits=HIDDEN, **paper("WG", 63.3, 68.0, 74.0)),
     Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4,
