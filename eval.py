@@ -24,8 +24,10 @@ import copy
 import datetime
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -35,10 +37,12 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 import zlib
 from collections import namedtuple
@@ -52,6 +56,7 @@ try:
     import torch.distributed as dist
     import transformers
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
     from transformers.utils.import_utils import is_kernels_available
@@ -1820,6 +1825,205 @@ def judge(prepared, outputs, metric, layers, allow_code=False):
 
 
 # ------------------------------------------------------------------------------------------------
+# Decoding speed against the number of linear layers (Figure 2, Table 2's speed-up)
+#
+# As in Jet-Nemotron: a chunked prefill of random tokens, then decoding, with one row and with as
+# many as fit. A batch is copies of one prefilled row, because speed does not depend on the tokens.
+# Every step decodes the token right after the context, so all steps do the same work and a CUDA
+# graph can replay them. The memory of every row includes both modules of each layer.
+
+CHUNK = 2048                    # tokens of one forward of the prefill
+STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
+MAX_BATCH = 4096                # no larger batch is tried
+ON_GPU = [512, 2048, 16384, 65536], [1, "largest"]          # contexts, batches
+ON_CPU = [128, 512, 2048], [1, 8]
+
+
+def prefill(model, ids):
+    """A cache that has read ids [1, context]."""
+    cache = transformers.DynamicCache(config=model.config)
+    for chunk in ids.split(CHUNK, dim=1):
+        model.get_decoder()(chunk, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def hold(layer):
+    """Let a cache's layer stay at its length: a softmax layer writes every new token to the same
+    place behind its keys and values, a linear layer drops its new state."""
+    if isinstance(layer, linear_attn.LinearCacheLayer):
+        layer.store = lambda *new: None
+        return
+    context = layer.get_seq_length()
+    all_keys, all_values = layer.keys, layer.values = [
+        torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (layer.keys, layer.values)]
+
+    def update(keys, values, *args, **kwargs):
+        all_keys[:, :, -1:], all_values[:, :, -1:] = keys, values   # [B, kv_heads, context + 1, D]
+        return all_keys, all_values
+    layer.update, layer.get_seq_length = update, lambda: context
+
+
+def bytes_by_formula(model, context):
+    """Of one row's cache: 2 kv_heads D numbers for every token in a softmax layer; in a linear one
+    H D D fp32 numbers, and the last W - 1 inputs of its convolutions (of q, k and v, or of v)."""
+    config, total, size = model.config.get_text_config(decoder=True), 0, model.dtype.itemsize
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}
+    for attn in attention_modules(model):
+        D, convolved = linear_attn.head_dim_of(attn, config), convolutions.get(type(attn).__name__)
+        total += 2 * kv_heads * D * (context + 1) * size if convolved is None else (
+            attn.num_heads * D * (4 * D + (linear_attn.CONV_SIZE - 1) * convolved * size))
+    return total
+
+
+def median_seconds(device, function, calls, repeats):
+    """Of one call of `function`: the median of `repeats` timings, after one that warms up."""
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    timings = timeit.repeat(function, timer=clock, repeat=repeats + 1, number=calls)
+    return statistics.median(timings[1:]) / calls
+
+
+def time_decoding(model, cache, batch, in_graph):
+    """Decode after `batch` copies of the row in `cache` -> what a result's row says of it."""
+    if on_gpu := model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    past = repeated(cache, ids[:, 0])
+    for layer in past.layers:
+        hold(layer)
+
+    def step():
+        logits = model(ids, past_key_values=past, use_cache=True).logits        # [B, 1, V]
+        ids.copy_(logits[:, -1:].argmax(-1))
+
+    run = step
+    if in_graph:
+        for _ in range(3):                      # compiles the kernels, which a capture cannot
+            step()
+        graph = torch.cuda.CUDAGraph()
+        # the outer block goes back to its stream, which a capture that fails does not
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    seconds = median_seconds(model.device, run, STEPS, REPEATS)
+    tensors = [x for layer in past.layers for x in vars(layer).values() if torch.is_tensor(x)]
+    return {"batch": batch, "tokens_per_second": batch / seconds, "step_ms": 1000 * seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "cache_bytes": sum(x.nbytes for x in tensors)}
+
+
+def time_batch_that_fits(model, cache, batch, in_graph):
+    """The same with `batch` rows or, where memory runs out, with a half, a quarter and so on."""
+    try:
+        return time_decoding(model, cache, batch, in_graph)
+    except RuntimeError as error:               # a capture may end with another error after it
+        if batch == 1 or torch.OutOfMemoryError not in (type(error), type(error.__context__)):
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return time_batch_that_fits(model, cache, batch // 2, in_graph)
+
+
+def why_not_in_graph(model, mixers):
+    """Why all decode eagerly; None where both base and hybrid can be captured in a CUDA graph."""
+    if model.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    for layers in ((), mixers):
+        try:
+            with replaced(model, mixers, layers):
+                ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+                time_decoding(model, prefill(model, ids), 1, True)
+        except RuntimeError as error:
+            return f"with {len(layers)} linear layers: {str(error).splitlines()[0]}"
+
+
+def hybrids_to_time(args, model):
+    """({number of linear layers: which}, {layer: linear module}, their origins for the result).
+    A saved hybrid is timed as it is."""
+    if layers := linear_layers(model):
+        return {len(layers): ()}, {}, {"mixer": None, "modules": args.model, "order": None}
+    attention = attention_modules(model)
+    found = [list(range(count)) for count in range(len(attention) + 1)]
+    if args.layers_from:
+        steps = json.loads(Path(args.layers_from).read_text())["steps"]
+        found = [[], *(step["layers"] for step in steps)]
+    sets = {len(layers): layers for layers in found}
+    counts = args.counts or sorted({0, max(sets) // 2, max(sets)})
+    if not set(counts) <= set(sets):
+        raise UserError(f"--counts can be of {', '.join(map(str, sets))} linear layers.")
+    record, mixers = {"attn": args.attn, "init": "random"}, {}
+    if args.blocks:
+        record = json.loads(Path(args.blocks, "distill.json").read_text())
+        if not record["finished"] or record["teacher_fingerprint"] != fingerprint(model):
+            raise UserError(f"{args.blocks} is not a finished distillation of {args.model}.")
+    for layer in sorted({layer for count in counts for layer in sets[count]}):
+        mixers[layer] = linear_attn.MIXERS[record["attn"]].from_attention(
+            attention[layer], model.config, layer, record["init"]).eval().requires_grad_(False)
+        if args.blocks:
+            file = Path(args.blocks, f"layer_{layer:03d}.safetensors")
+            mixers[layer].load_state_dict(load_file(file))
+    return {count: sets[count] for count in counts}, mixers, {
+        "mixer": record["attn"], "modules": args.blocks or "random",
+        "order": args.layers_from or "from layer 0 upwards"}
+
+
+@torch.no_grad()
+def throughput(args):
+    """Time every context, hybrid and batch -> the result. OUT/throughput.json is written after
+    every row, and the rows that it has already are not timed again."""
+    path = make_output_dir(args.out or "out/throughput") / "throughput.json"
+    lock_dir(path.parent)
+    model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
+        raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model.")
+    if any(layer.is_sliding for layer in transformers.DynamicCache(config=model.config).layers):
+        raise UserError(f"{args.model} has sliding windows; only full attention is timed.")
+    if on_gpu := model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    sets, mixers, origins = hybrids_to_time(args, model)
+    (contexts, batches), why_eager = ON_GPU if on_gpu else ON_CPU, why_not_in_graph(model, mixers)
+    result = {"model": args.model, **origins, "dtype": str(model.dtype), "versions": versions(),
+              "device": torch.cuda.get_device_name() if on_gpu else str(model.device),
+              "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
+              "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH,
+              "fingerprint": fingerprint(model)}
+    before = json.loads(path.read_text()) if path.exists() else {**result, "rows": []}
+    rows = before.pop("rows")
+    if before != json.loads(json.dumps(result)):
+        raise UserError(f"{path} holds timings of another model, device or version; give another "
+                        "--out.")
+
+    @functools.lru_cache(maxsize=1)             # the batches of a hybrid share its prefill
+    def prefilled(context, count):
+        ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, context),
+                            generator=torch.Generator().manual_seed(args.seed)).to(model.device)
+        return prefill(model, ids), median_seconds(
+            model.device, functools.partial(prefill, model, ids), 1, 3)
+
+    for key in itertools.product(args.contexts or contexts, sets, batches):
+        if key in [(row["context"], row["linear_layers"], row["asked"]) for row in rows]:
+            continue
+        context, count, batch = key
+        with replaced(model, mixers, sets[count]):
+            row_bytes, layers = bytes_by_formula(model, context), linear_layers(model)
+            if batch == "largest":              # a power of two, whose caches alone would fit
+                most = torch.cuda.mem_get_info()[1] // row_bytes
+                batch = min(MAX_BATCH, 2 ** (max(1, most).bit_length() - 1))
+            cache, seconds = prefilled(context, count)
+            timed = time_batch_that_fits(model, cache, batch, not why_eager)
+        rows.append({"context": context, "asked": key[2], "linear_layers": count, "layers": layers,
+                     **timed, "prefill_tokens_per_second": context / seconds,
+                     "cache_bytes_formula": timed["batch"] * row_bytes})
+        write_json(path, {**result, "rows": rows})
+        log(f"context {context}, batch {timed['batch']}, {count} linear layers: "
+            f"{timed['tokens_per_second']:,.1f} tokens per second")
+    return {**result, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------
 # The command line
 
 def add_task_flags(parser):
@@ -1936,6 +2140,25 @@ def distinct_stems(names):
     return stems
 
 
+def add_throughput_flags(parser):
+    def numbers(kind):
+        def comma_separated(text):
+            return [kind(part) for part in text.split(",")]
+        return comma_separated
+
+    parser.add_argument("--throughput", action="store_true", help="time decoding against the "
+                        "number of linear layers; with --model, and --blocks or --attn")
+    for flag, text in (("blocks", "a run of distill.py, whose modules are timed"),
+                       ("layers-from", "a result.json of replace.py, for the order of the layers")):
+        parser.add_argument(f"--{flag}", help=f"of --throughput: {text}")
+    parser.add_argument("--attn", choices=list(linear_attn.MIXERS),
+                        help="of --throughput: random modules of this kind, without --blocks")
+    parser.add_argument("--contexts", type=numbers(positive(int)), help="of --throughput: numbers "
+                        "of tokens, default 512,2048,16384,65536 on a GPU, 128,512,2048 on a CPU")
+    parser.add_argument("--counts", type=numbers(int), help="of --throughput: numbers of linear "
+                        "layers, default none, half and all that --layers-from found")
+
+
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
@@ -1945,11 +2168,14 @@ def parse_args():
     parser.add_argument("--show", type=positive(int), default=0, metavar="N",
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
+    add_throughput_flags(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.throughput:
+        return finish(throughput(args))
     following = None
     if args.model is None:
         log("demo: scores the demo's teacher; --model and --task score anything else")
