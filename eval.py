@@ -1830,7 +1830,7 @@ def judge(prepared, outputs, metric, layers, allow_code=False):
 # As in Jet-Nemotron: a chunked prefill of random tokens, then decoding, with one row and with as
 # many as fit. A batch is copies of one prefilled row, because speed does not depend on the tokens.
 # Every step decodes the token right after the context, so all steps do the same work and a CUDA
-# graph can replay them. The memory of every row includes both modules of each layer.
+# graph can replay them. Peak memory always includes both modules of each layer.
 
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
@@ -1848,31 +1848,37 @@ def prefill(model, ids):
 
 
 def hold(layer):
-    """Let a cache's layer stay at its length: a softmax layer writes every new token to the same
-    place behind its keys and values, a linear layer drops its new state."""
+    """Let a layer of a cache stay at its length: every new token's keys and values go to the same
+    place behind the others, and a linear layer's new state is dropped."""
     if isinstance(layer, linear_attn.LinearCacheLayer):
         layer.store = lambda *new: None
         return
-    context = layer.get_seq_length()
+    length = layer.get_seq_length()
     all_keys, all_values = layer.keys, layer.values = [
         torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (layer.keys, layer.values)]
 
-    def update(keys, values, *args, **kwargs):
-        all_keys[:, :, -1:], all_values[:, :, -1:] = keys, values   # [B, kv_heads, context + 1, D]
-        return all_keys, all_values
-    layer.update, layer.get_seq_length = update, lambda: context
+    def update(keys, values, *args, **kwargs):                      # [B, kv_heads, 1, D]
+        all_keys[:, :, -1:], all_values[:, :, -1:] = keys, values
+        return all_keys, all_values                                 # [B, kv_heads, length + 1, D]
+    layer.update, layer.get_seq_length = update, lambda: length
 
 
 def bytes_by_formula(model, context):
-    """Of one row's cache: 2 kv_heads D numbers for every token in a softmax layer; in a linear one
-    H D D fp32 numbers, and the last W - 1 inputs of its convolutions (of q, k and v, or of v)."""
+    """Of one row's cache: 2 kv_heads D numbers for every token that a softmax layer sees; in a
+    linear layer H D D fp32 numbers and the last W - 1 inputs of its convolutions (of q, k and v,
+    or of v)."""
     config, total, size = model.config.get_text_config(decoder=True), 0, model.dtype.itemsize
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}
-    for attn in attention_modules(model):
+    layers = transformers.DynamicCache(config=config).layers
+    for attn, layer in zip(attention_modules(model), layers):
         D, convolved = linear_attn.head_dim_of(attn, config), convolutions.get(type(attn).__name__)
-        total += 2 * kv_heads * D * (context + 1) * size if convolved is None else (
-            attn.num_heads * D * (4 * D + (linear_attn.CONV_SIZE - 1) * convolved * size))
+        if convolved is None:
+            seen = min(context + 1, getattr(layer, "sliding_window", context + 1))
+            total += 2 * kv_heads * D * seen * size
+        else:
+            tail = (linear_attn.CONV_SIZE - 1) * convolved
+            total += attn.num_heads * D * (4 * D + tail * size)
     return total
 
 
@@ -1909,7 +1915,8 @@ def time_decoding(model, cache, batch, in_graph):
             step()
         run = graph.replay
     seconds = median_seconds(model.device, run, STEPS, REPEATS)
-    tensors = [x for layer in past.layers for x in vars(layer).values() if torch.is_tensor(x)]
+    tensors = [x for layer in past.layers for x in vars(layer).values()
+               if torch.is_tensor(x) and x.dim() > 0]
     return {"batch": batch, "tokens_per_second": batch / seconds, "step_ms": 1000 * seconds,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "cache_bytes": sum(x.nbytes for x in tensors)}
@@ -1941,10 +1948,7 @@ def why_not_in_graph(model, mixers):
 
 
 def hybrids_to_time(args, model):
-    """({number of linear layers: which}, {layer: linear module}, their origins for the result).
-    A saved hybrid is timed as it is."""
-    if layers := linear_layers(model):
-        return {len(layers): ()}, {}, {"mixer": None, "modules": args.model, "order": None}
+    """({number of linear layers: which}, {layer: linear module}, the modules' kind)."""
     attention = attention_modules(model)
     found = [list(range(count)) for count in range(len(attention) + 1)]
     if args.layers_from:
@@ -1953,21 +1957,19 @@ def hybrids_to_time(args, model):
     sets = {len(layers): layers for layers in found}
     counts = args.counts or sorted({0, max(sets) // 2, max(sets)})
     if not set(counts) <= set(sets):
-        raise UserError(f"--counts can be of {', '.join(map(str, sets))} linear layers.")
+        raise ValueError(f"--counts can be of {', '.join(map(str, sets))} linear layers")
     record, mixers = {"attn": args.attn, "init": "random"}, {}
     if args.blocks:
         record = json.loads(Path(args.blocks, "distill.json").read_text())
         if not record["finished"] or record["teacher_fingerprint"] != fingerprint(model):
-            raise UserError(f"{args.blocks} is not a finished distillation of {args.model}.")
+            raise ValueError(f"{args.blocks} is not a finished distillation of {args.model}")
     for layer in sorted({layer for count in counts for layer in sets[count]}):
         mixers[layer] = linear_attn.MIXERS[record["attn"]].from_attention(
             attention[layer], model.config, layer, record["init"]).eval().requires_grad_(False)
         if args.blocks:
             file = Path(args.blocks, f"layer_{layer:03d}.safetensors")
             mixers[layer].load_state_dict(load_file(file))
-    return {count: sets[count] for count in counts}, mixers, {
-        "mixer": record["attn"], "modules": args.blocks or "random",
-        "order": args.layers_from or "from layer 0 upwards"}
+    return {count: sets[count] for count in counts}, mixers, record["attn"]
 
 
 @torch.no_grad()
@@ -1977,49 +1979,58 @@ def throughput(args):
     path = make_output_dir(args.out or "out/throughput") / "throughput.json"
     lock_dir(path.parent)
     model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
+    device, vocabulary, saved = model.device, model.get_input_embeddings(), linear_layers(model)
+    (contexts, batches), gpu_memory = ON_CPU, None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        (contexts, batches), gpu_memory = ON_GPU, torch.cuda.mem_get_info()[1]
+    contexts = args.contexts or contexts
+    if bool(args.blocks) + bool(args.attn) + bool(saved) != 1:
         raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model.")
-    if any(layer.is_sliding for layer in transformers.DynamicCache(config=model.config).layers):
-        raise UserError(f"{args.model} has sliding windows; only full attention is timed.")
-    if on_gpu := model.device.type == "cuda":
-        torch.cuda.set_device(model.device)
-    sets, mixers, origins = hybrids_to_time(args, model)
-    (contexts, batches), why_eager = ON_GPU if on_gpu else ON_CPU, why_not_in_graph(model, mixers)
-    result = {"model": args.model, **origins, "dtype": str(model.dtype), "versions": versions(),
-              "device": torch.cuda.get_device_name() if on_gpu else str(model.device),
+    tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
+    if tables and max(contexts) >= max_length(model):
+        raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
+    try:
+        sets, mixers, kind = ({len(saved): ()}, {}, None) if saved else hybrids_to_time(args, model)
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--blocks, --layers-from and --counts do not go with {args.model}: "
+                        f"{type(error).__name__}: {error}")
+    why_eager = why_not_in_graph(model, mixers)
+    result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
+              "modules": args.blocks or args.attn and "random", "order": args.layers_from,
+              "device": torch.cuda.get_device_name() if gpu_memory else str(device),
+              "dtype": str(model.dtype), "versions": versions(),
               "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
-              "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH,
-              "fingerprint": fingerprint(model)}
-    before = json.loads(path.read_text()) if path.exists() else {**result, "rows": []}
-    rows = before.pop("rows")
-    if before != json.loads(json.dumps(result)):
-        raise UserError(f"{path} holds timings of another model, device or version; give another "
-                        "--out.")
-
-    @functools.lru_cache(maxsize=1)             # the batches of a hybrid share its prefill
-    def prefilled(context, count):
-        ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, context),
-                            generator=torch.Generator().manual_seed(args.seed)).to(model.device)
-        return prefill(model, ids), median_seconds(
-            model.device, functools.partial(prefill, model, ids), 1, 3)
-
-    for key in itertools.product(args.contexts or contexts, sets, batches):
-        if key in [(row["context"], row["linear_layers"], row["asked"]) for row in rows]:
+              "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH}
+    rows = []
+    if path.exists():
+        before = json.loads(path.read_text())
+        rows = before.pop("rows")
+        if before != result:
+            raise UserError(f"{path} has other settings or versions; give another --out.")
+    for context, count in itertools.product(contexts, sets):
+        done = [row["asked"] for row in rows
+                if (row["context"], row["linear_layers"]) == (context, count)]
+        if not set(batches) - set(done):
             continue
-        context, count, batch = key
+        ids = torch.randint(vocabulary.num_embeddings, (1, context),
+                            generator=torch.Generator().manual_seed(args.seed)).to(device)
         with replaced(model, mixers, sets[count]):
-            row_bytes, layers = bytes_by_formula(model, context), linear_layers(model)
-            if batch == "largest":              # a power of two, whose caches alone would fit
-                most = torch.cuda.mem_get_info()[1] // row_bytes
-                batch = min(MAX_BATCH, 2 ** (max(1, most).bit_length() - 1))
-            cache, seconds = prefilled(context, count)
-            timed = time_batch_that_fits(model, cache, batch, not why_eager)
-        rows.append({"context": context, "asked": key[2], "linear_layers": count, "layers": layers,
-                     **timed, "prefill_tokens_per_second": context / seconds,
-                     "cache_bytes_formula": timed["batch"] * row_bytes})
-        write_json(path, {**result, "rows": rows})
-        log(f"context {context}, batch {timed['batch']}, {count} linear layers: "
-            f"{timed['tokens_per_second']:,.1f} tokens per second")
+            seconds = median_seconds(device, lambda: prefill(model, ids), 1, 3)
+            cache, row_bytes = prefill(model, ids), bytes_by_formula(model, context)
+            for asked in batches:
+                if asked in done:
+                    continue
+                batch = asked if asked != "largest" else min(       # the caches alone would fit
+                    MAX_BATCH, 2 ** (max(1, gpu_memory // row_bytes).bit_length() - 1))
+                timed = time_batch_that_fits(model, cache, batch, not why_eager)
+                rows.append({"context": context, "linear_layers": count, "asked": asked, **timed,
+                             "layers": linear_layers(model),
+                             "prefill_tokens_per_second": context / seconds,
+                             "cache_bytes_formula": timed["batch"] * row_bytes})
+                write_json(path, {**result, "rows": rows})
+                log(f"context {context}, batch {timed['batch']}, {count} linear layers: "
+                    f"{timed['tokens_per_second']:,.1f} tokens per second")
     return {**result, "rows": rows}
 
 
@@ -2169,7 +2180,13 @@ def parse_args():
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
     add_throughput_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    timing = args.blocks or args.layers_from or args.attn or args.contexts or args.counts
+    if timing and not args.throughput:
+        parser.error("--blocks, --layers-from, --attn, --contexts and --counts need --throughput")
+    if args.throughput and (args.model is None or args.task):
+        parser.error("--throughput needs a --model, and takes no --task")
+    return args
 
 
 def main():

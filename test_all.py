@@ -1905,6 +1905,62 @@ def test_eval_script(lab, tmp_path, monkeypatch, capsys):
     assert norm["results"][0]["value"] == result["results"][0]["metrics"]["acc_norm"]
 
 
+def time_command(lab, out, **flags):
+    return command("eval.py", throughput=True, model=lab / "model", out=out, **flags)
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_throughput_times_the_searchs_hybrids(attn, lab, runs, tmp_path, monkeypatch, capsys):
+    """Replaced layers would be timed with a cache that grows, or in another order than the search's,
+    or a run that was killed would time its finished rows again."""
+    found = {"steps": [{"layers": [2]}, {"layers": [0, 2]}, {"layers": [0, 2, 3]}]}
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    monkeypatch.setattr(evaluation, "STEPS", 1)
+    flags = dict(blocks=runs[attn], layers_from=tmp_path / "result.json", counts="0,2,3")
+    code, _, err = call(time_command(lab, tmp_path, contexts="8", **flags), monkeypatch, capsys)
+    assert code == 0, err
+    first = json.loads((tmp_path / "throughput.json").read_text())
+    code, result, err = call(time_command(lab, tmp_path, contexts="8,24", **flags), monkeypatch,
+                             capsys)
+    assert code == 0 and "context 24" in err and "context 8," not in err
+    rows = result["rows"]
+    assert rows == json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert rows[:6] == first["rows"] and (result["mixer"], result["decoding"]) == (attn, "eager")
+    state = 4 * 8 * 8 * 4 + 3 * {"gla": 0, "gdn": 3, "jet": 1}[attn] * 32 * 4
+    for row, (context, layers, batch) in zip(rows, itertools.product(
+            (8, 24), ([], [0, 2], [0, 2, 3]), (1, 8)), strict=True):
+        assert (row["context"], row["layers"], row["batch"]) == (context, layers, batch)
+        wanted = len(layers) * state + (4 - len(layers)) * 2 * 2 * 8 * 4 * (context + 1)
+        assert row["cache_bytes"] == row["cache_bytes_formula"] == batch * wanted
+        assert min(row[f"{k}tokens_per_second"] for k in ("", "prefill_")) > 0
+
+
+@pytest.mark.parametrize("make", (FAMILIES["llama"], FAMILIES["gpt2"], lambda: (
+    transformers.MistralConfig(**SMALL, sliding_window=8))), ids=("llama", "gpt2", "sliding"))
+def test_a_timed_step_is_the_step_after_the_context(make, monkeypatch):
+    """The speed would be that of another computation: a wrong place, mask, state or length."""
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    model, ids = random_model(make()), tokens(1, 20)
+    with torch.no_grad(), replace.replaced(model, shaken_mixers(model, "gdn"), (0, 2)):
+        cache = evaluation.repeated(evaluation.prefill(model, ids), torch.tensor([0, 0]))
+        for layer in cache.layers:
+            evaluation.hold(layer)
+        for token in (5, 9):            # both times at the same place
+            whole = torch.cat([ids, torch.tensor([[token]])], 1)
+            step = model(torch.tensor([[token]] * 2), past_key_values=cache).logits[:, -1]
+            assert relative(step, model(whole).logits[:, -1].expand(2, -1)) < 1e-5
+
+
+@pytest.mark.parametrize("flags, says", (
+    ({}, "takes --blocks, --attn"), (dict(attn="gla", task="copy"), "takes no --task"),
+    (dict(attn="gla", counts="9"), "--counts"), (dict(attn="gla", contexts="0"), "--contexts"),
+    (dict(attn="gla", layers_from="nothing"), "--layers-from"), (dict(blocks="nothing"), "--blocks")))
+def test_throughput_bad_input(flags, says, lab, tmp_path, monkeypatch, capsys):
+    """A flag that does not fit would end in a traceback, or after the timings."""
+    code, _, err = call(time_command(lab, tmp_path, **flags), monkeypatch, capsys)
+    assert code == 2 and says in err.splitlines()[-1], err
+
+
 def test_results_of_files_of_one_name_are_kept_apart(lab, tmp_path, monkeypatch, capsys):
     """The second file's per-item results replaced the first's."""
     items = [json.loads(line) for line in (lab / "val.jsonl").read_text().splitlines()]
