@@ -1988,39 +1988,37 @@ def throughput(args):
     if bool(args.blocks) + bool(args.attn) + bool(saved) != 1:
         raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model.")
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
-    if tables and max(contexts) >= max_length(model):
+    if tables and max(contexts) >= (max_length(model) or math.inf):
         raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
     try:
-        sets, mixers, kind = ({len(saved): ()}, {}, None) if saved else hybrids_to_time(args, model)
+        sets, mixers, kind = hybrids_to_time(args, model) if not saved else (
+            {len(saved): ()}, {}, model.config.linear_attn)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--blocks, --layers-from and --counts do not go with {args.model}: "
                         f"{type(error).__name__}: {error}")
     why_eager = why_not_in_graph(model, mixers)
     result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
-              "modules": args.blocks or args.attn and "random", "order": args.layers_from,
+              "modules": args.blocks or ("random" if args.attn else "saved"),
+              "order": args.layers_from or ("from layer 0" if mixers else None),
               "device": torch.cuda.get_device_name() if gpu_memory else str(device),
               "dtype": str(model.dtype), "versions": versions(),
               "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
               "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH}
-    rows = []
-    if path.exists():
-        before = json.loads(path.read_text())
-        rows = before.pop("rows")
-        if before != result:
-            raise UserError(f"{path} has other settings or versions; give another --out.")
+    before = json.loads(path.read_text()) if path.exists() else {**result, "rows": []}
+    rows = before.pop("rows")
+    if before != result:
+        raise UserError(f"{path} has other settings or versions; give another --out.")
+    done = {(row["context"], row["linear_layers"], row["asked"]) for row in rows}
     for context, count in itertools.product(contexts, sets):
-        done = [row["asked"] for row in rows
-                if (row["context"], row["linear_layers"]) == (context, count)]
-        if not set(batches) - set(done):
+        to_do = [asked for asked in batches if (context, count, asked) not in done]
+        if not to_do:
             continue
         ids = torch.randint(vocabulary.num_embeddings, (1, context),
                             generator=torch.Generator().manual_seed(args.seed)).to(device)
         with replaced(model, mixers, sets[count]):
             seconds = median_seconds(device, lambda: prefill(model, ids), 1, 3)
             cache, row_bytes = prefill(model, ids), bytes_by_formula(model, context)
-            for asked in batches:
-                if asked in done:
-                    continue
+            for asked in to_do:
                 batch = asked if asked != "largest" else min(       # the caches alone would fit
                     MAX_BATCH, 2 ** (max(1, gpu_memory // row_bytes).bit_length() - 1))
                 timed = time_batch_that_fits(model, cache, batch, not why_eager)
