@@ -1948,8 +1948,13 @@ def why_not_in_graph(model, mixers):
 
 
 def hybrids_to_time(args, model):
-    """({number of linear layers: which}, {layer: linear module}, the modules' kind)."""
-    attention = attention_modules(model)
+    """({number of linear layers: which}, {layer: linear module}, the modules' kind) as the flags
+    ask for them. A saved hybrid stays as it is."""
+    attention, saved = attention_modules(model), linear_layers(model)
+    if saved:
+        kinds = {type(attention[layer]) for layer in saved}
+        return {len(saved): ()}, {}, "+".join(
+            name for name, kind in linear_attn.MIXERS.items() if kind in kinds)
     found = [list(range(count)) for count in range(len(attention) + 1)]
     if args.layers_from:
         steps = json.loads(Path(args.layers_from).read_text())["steps"]
@@ -1979,20 +1984,19 @@ def throughput(args):
     path = make_output_dir(args.out or "out/throughput") / "throughput.json"
     lock_dir(path.parent)
     model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    device, vocabulary, saved = model.device, model.get_input_embeddings(), linear_layers(model)
+    device, vocabulary = model.device, model.get_input_embeddings()
     (contexts, batches), gpu_memory = ON_CPU, None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         (contexts, batches), gpu_memory = ON_GPU, torch.cuda.mem_get_info()[1]
     contexts = args.contexts or contexts
-    if bool(args.blocks) + bool(args.attn) + bool(saved) != 1:
+    if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
         raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model.")
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
     if tables and max(contexts) >= (max_length(model) or math.inf):
         raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
     try:
-        sets, mixers, kind = hybrids_to_time(args, model) if not saved else (
-            {len(saved): ()}, {}, model.config.linear_attn)
+        sets, mixers, kind = hybrids_to_time(args, model)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--blocks, --layers-from and --counts do not go with {args.model}: "
                         f"{type(error).__name__}: {error}")
