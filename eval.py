@@ -1835,7 +1835,7 @@ def judge(prepared, outputs, metric, layers, allow_code=False):
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
 MAX_BATCH = 4096                # no larger batch is tried
-ON_GPU = [512, 2048, 16384, 65536], [1, "largest"]          # contexts, batches
+ON_GPU = [512, 2048, 16384, 65536], [1, "largest"]          # contexts and batches
 ON_CPU = [128, 512, 2048], [1, 8]
 
 
@@ -1864,12 +1864,11 @@ def hold(layer):
 
 
 def bytes_by_formula(model, context):
-    """Of one row's cache: 2 kv_heads D numbers for every token that a softmax layer sees; in a
-    linear layer H D D fp32 numbers and the last W - 1 inputs of its convolutions (of q, k and v,
-    or of v)."""
+    """Of one row's cache. Softmax layer: 2 kv_heads D numbers for every token that it sees; linear
+    layer: H D D fp32 numbers, and the last W - 1 inputs of its convolutions."""
     config, total, size = model.config.get_text_config(decoder=True), 0, model.dtype.itemsize
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}
+    convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}     # of H D
     layers = transformers.DynamicCache(config=config).layers
     for attn, layer in zip(attention_modules(model), layers):
         D, convolved = linear_attn.head_dim_of(attn, config), convolutions.get(type(attn).__name__)
@@ -1882,13 +1881,17 @@ def bytes_by_formula(model, context):
     return total
 
 
+def clock(device):
+    """Seconds, read when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def median_seconds(device, function, calls, repeats):
     """Of one call of `function`: the median of `repeats` timings, after one that warms up."""
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-    timings = timeit.repeat(function, timer=clock, repeat=repeats + 1, number=calls)
+    timings = timeit.repeat(function, timer=functools.partial(clock, device), number=calls,
+                            repeat=repeats + 1)
     return statistics.median(timings[1:]) / calls
 
 
@@ -1991,7 +1994,7 @@ def throughput(args):
         (contexts, batches), gpu_memory = ON_GPU, torch.cuda.mem_get_info()[1]
     contexts = args.contexts or contexts
     if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
-        raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model.")
+        raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model alone.")
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
     if tables and max(contexts) >= (max_length(model) or math.inf):
         raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
@@ -2003,7 +2006,7 @@ def throughput(args):
     why_eager = why_not_in_graph(model, mixers)
     result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
               "modules": args.blocks or ("random" if args.attn else "saved"),
-              "order": args.layers_from or ("from layer 0" if mixers else None),
+              "order": args.layers_from or "by number",
               "device": torch.cuda.get_device_name() if gpu_memory else str(device),
               "dtype": str(model.dtype), "versions": versions(),
               "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
