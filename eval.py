@@ -52,11 +52,11 @@ from typing import Callable
 
 try:
     import numpy as np
+    import safetensors.torch
     import torch
     import torch.distributed as dist
     import transformers
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
     from transformers.utils.import_utils import is_kernels_available
@@ -1976,7 +1976,7 @@ def hybrids_to_time(args, model):
             attention[layer], model.config, layer, record["init"]).eval().requires_grad_(False)
         if args.blocks:
             file = Path(args.blocks, f"layer_{layer:03d}.safetensors")
-            mixers[layer].load_state_dict(load_file(file))
+            mixers[layer].load_state_dict(safetensors.torch.load_file(file))
     return {count: sets[count] for count in counts}, mixers, record["attn"]
 
 

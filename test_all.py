@@ -1905,6 +1905,43 @@ def test_eval_script(lab, tmp_path, monkeypatch, capsys):
     assert norm["results"][0]["value"] == result["results"][0]["metrics"]["acc_norm"]
 
 
+def test_results_of_files_of_one_name_are_kept_apart(lab, tmp_path, monkeypatch, capsys):
+    """The second file's per-item results replaced the first's."""
+    items = [json.loads(line) for line in (lab / "val.jsonl").read_text().splitlines()]
+    tasks = [tmp_path / name / "validation.jsonl" for name in "abc"]
+    for n, path in enumerate(tasks, 2):
+        path.parent.mkdir()
+        write_rows(path, items[:n])
+    code, result, err = call(command("eval.py", model=lab / "model", out=tmp_path / "o",
+                                     task=",".join(map(str, tasks))), monkeypatch, capsys)
+    assert code == 0, err
+    lines = [Path(row["items"]).read_text().splitlines() for row in result["results"]]
+    assert list(map(len, lines)) == [2, 3, 4]
+    assert evaluation.distinct_stems(["a/x.jsonl", "x-2.jsonl", "b/x.jsonl"]) == ["x", "x-2", "x-3"]
+
+
+def test_a_generation_config_may_ask_for_a_dict(lab):
+    """generate() then returned something else than tokens, and the run ended in a traceback."""
+    model, split = prepared(lab, "generate")
+    plain = evaluation.evaluate(model, split).outputs
+    model.generation_config.return_dict_in_generate = True
+    assert evaluation.evaluate(model, split).outputs == plain
+
+
+@needs_shared
+def test_base_scores_on_the_real_model():
+    """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
+    model, tokenizer = evaluation.load_model(str(STORIES))
+    for name, acc, acc_norm in (("recall", 1.0, None), ("cloze", 0.4189, 0.5)):
+        task, docs = evaluation.file_task(SHARED / "data" / "stories" / f"{name}-validation.jsonl")
+        score = evaluation.evaluate(model, evaluation.Prepared(task, docs, model, tokenizer, 32))
+        assert round(score.mean("acc"), 4) == acc
+        assert acc_norm is None or round(score.mean("acc_norm"), 4) == acc_norm
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: throughput
+
 def time_command(lab, out, **flags):
     return command("eval.py", throughput=True, **{"model": lab / "model", "out": out, **flags})
 
@@ -1969,40 +2006,6 @@ def test_throughput_bad_input(flags, says, lab, tmp_path, monkeypatch, capsys):
     """A flag that does not fit would end in a traceback, or after the timings."""
     code, _, err = call(time_command(lab, tmp_path, **flags), monkeypatch, capsys)
     assert code == 2 and says in err.splitlines()[-1], err
-
-
-def test_results_of_files_of_one_name_are_kept_apart(lab, tmp_path, monkeypatch, capsys):
-    """The second file's per-item results replaced the first's."""
-    items = [json.loads(line) for line in (lab / "val.jsonl").read_text().splitlines()]
-    tasks = [tmp_path / name / "validation.jsonl" for name in "abc"]
-    for n, path in enumerate(tasks, 2):
-        path.parent.mkdir()
-        write_rows(path, items[:n])
-    code, result, err = call(command("eval.py", model=lab / "model", out=tmp_path / "o",
-                                     task=",".join(map(str, tasks))), monkeypatch, capsys)
-    assert code == 0, err
-    lines = [Path(row["items"]).read_text().splitlines() for row in result["results"]]
-    assert list(map(len, lines)) == [2, 3, 4]
-    assert evaluation.distinct_stems(["a/x.jsonl", "x-2.jsonl", "b/x.jsonl"]) == ["x", "x-2", "x-3"]
-
-
-def test_a_generation_config_may_ask_for_a_dict(lab):
-    """generate() then returned something else than tokens, and the run ended in a traceback."""
-    model, split = prepared(lab, "generate")
-    plain = evaluation.evaluate(model, split).outputs
-    model.generation_config.return_dict_in_generate = True
-    assert evaluation.evaluate(model, split).outputs == plain
-
-
-@needs_shared
-def test_base_scores_on_the_real_model():
-    """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
-    model, tokenizer = evaluation.load_model(str(STORIES))
-    for name, acc, acc_norm in (("recall", 1.0, None), ("cloze", 0.4189, 0.5)):
-        task, docs = evaluation.file_task(SHARED / "data" / "stories" / f"{name}-validation.jsonl")
-        score = evaluation.evaluate(model, evaluation.Prepared(task, docs, model, tokenizer, 32))
-        assert round(score.mean("acc"), 4) == acc
-        assert acc_norm is None or round(score.mean("acc_norm"), 4) == acc_norm
 
 
 # ------------------------------------------------------------------------------------------------
