@@ -2039,6 +2039,36 @@ def throughput(args):
     return {**result, "rows": rows}
 
 
+def add_throughput_flags(parser):
+    def numbers(kind):
+        def comma_separated(text):
+            return [kind(part) for part in text.split(",")]
+        return comma_separated
+
+    parser.add_argument("--throughput", action="store_true", help="time decoding against the "
+                        "number of linear layers; with --model, and --blocks or --attn")
+    for flag, text in (("blocks", "a run of distill.py, whose modules are timed"),
+                       ("layers-from", "a result.json of replace.py, for the order of the layers")):
+        parser.add_argument(f"--{flag}", help=f"of --throughput: {text}")
+    parser.add_argument("--attn", choices=list(linear_attn.MIXERS),
+                        help="of --throughput: random modules of this kind, without --blocks")
+    parser.add_argument("--contexts", type=numbers(positive(int)), help="of --throughput: numbers "
+                        "of tokens, default 512,2048,16384,65536 on a GPU, 128,512,2048 on a CPU")
+    parser.add_argument("--counts", type=numbers(int), help="of --throughput: numbers of linear "
+                        "layers, default none, half and all that --layers-from found")
+
+
+def is_throughput(args):
+    """Raises UserError where flags of --throughput stand without it, or it lacks its model."""
+    timing = args.blocks or args.layers_from or args.attn or args.contexts or args.counts
+    if timing and not args.throughput:
+        raise UserError("--blocks, --layers-from, --attn, --contexts and --counts go with "
+                        "--throughput.")
+    if args.throughput and (args.model is None or args.task):
+        raise UserError("--throughput needs a --model, and takes no --task.")
+    return args.throughput
+
+
 # ------------------------------------------------------------------------------------------------
 # The command line
 
@@ -2156,25 +2186,6 @@ def distinct_stems(names):
     return stems
 
 
-def add_throughput_flags(parser):
-    def numbers(kind):
-        def comma_separated(text):
-            return [kind(part) for part in text.split(",")]
-        return comma_separated
-
-    parser.add_argument("--throughput", action="store_true", help="time decoding against the "
-                        "number of linear layers; with --model, and --blocks or --attn")
-    for flag, text in (("blocks", "a run of distill.py, whose modules are timed"),
-                       ("layers-from", "a result.json of replace.py, for the order of the layers")):
-        parser.add_argument(f"--{flag}", help=f"of --throughput: {text}")
-    parser.add_argument("--attn", choices=list(linear_attn.MIXERS),
-                        help="of --throughput: random modules of this kind, without --blocks")
-    parser.add_argument("--contexts", type=numbers(positive(int)), help="of --throughput: numbers "
-                        "of tokens, default 512,2048,16384,65536 on a GPU, 128,512,2048 on a CPU")
-    parser.add_argument("--counts", type=numbers(int), help="of --throughput: numbers of linear "
-                        "layers, default none, half and all that --layers-from found")
-
-
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
@@ -2185,18 +2196,12 @@ def parse_args():
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
     add_throughput_flags(parser)
-    args = parser.parse_args()
-    timing = args.blocks or args.layers_from or args.attn or args.contexts or args.counts
-    if timing and not args.throughput:
-        parser.error("--blocks, --layers-from, --attn, --contexts and --counts need --throughput")
-    if args.throughput and (args.model is None or args.task):
-        parser.error("--throughput needs a --model, and takes no --task")
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.throughput:
+    if is_throughput(args):
         return finish(throughput(args))
     following = None
     if args.model is None:

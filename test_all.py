@@ -1928,20 +1928,6 @@ def test_a_generation_config_may_ask_for_a_dict(lab):
     assert evaluation.evaluate(model, split).outputs == plain
 
 
-@needs_shared
-def test_base_scores_on_the_real_model():
-    """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
-    model, tokenizer = evaluation.load_model(str(STORIES))
-    for name, acc, acc_norm in (("recall", 1.0, None), ("cloze", 0.4189, 0.5)):
-        task, docs = evaluation.file_task(SHARED / "data" / "stories" / f"{name}-validation.jsonl")
-        score = evaluation.evaluate(model, evaluation.Prepared(task, docs, model, tokenizer, 32))
-        assert round(score.mean("acc"), 4) == acc
-        assert acc_norm is None or round(score.mean("acc_norm"), 4) == acc_norm
-
-
-# ------------------------------------------------------------------------------------------------
-# eval.py: throughput
-
 def time_command(lab, out, **flags):
     return command("eval.py", throughput=True, **{"model": lab / "model", "out": out, **flags})
 
@@ -2006,6 +1992,17 @@ def test_throughput_bad_input(flags, says, lab, tmp_path, monkeypatch, capsys):
     """A flag that does not fit would end in a traceback, or after the timings."""
     code, _, err = call(time_command(lab, tmp_path, **flags), monkeypatch, capsys)
     assert code == 2 and says in err.splitlines()[-1], err
+
+
+@needs_shared
+def test_base_scores_on_the_real_model():
+    """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
+    model, tokenizer = evaluation.load_model(str(STORIES))
+    for name, acc, acc_norm in (("recall", 1.0, None), ("cloze", 0.4189, 0.5)):
+        task, docs = evaluation.file_task(SHARED / "data" / "stories" / f"{name}-validation.jsonl")
+        score = evaluation.evaluate(model, evaluation.Prepared(task, docs, model, tokenizer, 32))
+        assert round(score.mean("acc"), 4) == acc
+        assert acc_norm is None or round(score.mean("acc_norm"), 4) == acc_norm
 
 
 # ------------------------------------------------------------------------------------------------
