@@ -24,8 +24,10 @@ import copy
 import datetime
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -34,10 +36,12 @@ import random
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass
@@ -48,6 +52,7 @@ from unittest import mock
 
 try:
     import numpy as np
+    import safetensors.torch
     import torch
     import torch.distributed as dist
     import transformers
@@ -1606,6 +1611,251 @@ def cache_among(args, kwargs):
 
 
 # ------------------------------------------------------------------------------------------------
+# Decoding speed against the number of linear layers (Figure 2, Table 2's speed-up)
+#
+# As in Jet-Nemotron: a chunked prefill of random tokens, then decoding, with one row and with as
+# many as fit. A batch is copies of one prefilled row, because speed does not depend on the tokens.
+# Every step decodes the token right after the context, so all steps do the same work and a CUDA
+# graph can replay them. Peak memory always includes both modules of each layer.
+
+CHUNK = 2048                    # tokens of one forward of the prefill
+STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
+MAX_BATCH = 4096                # no larger batch is tried
+ON_GPU = [512, 2048, 16384, 65536], [1, "largest"]          # contexts and batches
+ON_CPU = [128, 512, 2048], [1, 8]
+
+
+def prefill(model, ids):
+    """A cache that has read ids [1, context]."""
+    cache = transformers.DynamicCache(config=model.config)
+    for chunk in ids.split(CHUNK, dim=1):
+        model.get_decoder()(chunk, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def hold(layer):
+    """Let a layer of a cache stay at its length: every new token's keys and values go to the same
+    place behind the others, and a linear layer's new state is dropped."""
+    if isinstance(layer, linear_attn.LinearCacheLayer):
+        layer.store = lambda *new: None
+        return
+    length = layer.get_seq_length()
+    all_keys, all_values = layer.keys, layer.values = [
+        torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (layer.keys, layer.values)]
+
+    def update(keys, values, *args, **kwargs):                      # [B, kv_heads, 1, D]
+        all_keys[:, :, -1:], all_values[:, :, -1:] = keys, values
+        return all_keys, all_values                                 # [B, kv_heads, length + 1, D]
+    layer.update, layer.get_seq_length = update, lambda: length
+
+
+def bytes_by_formula(model, context):
+    """Of one row's cache. Softmax layer: 2 kv_heads D numbers for every token that it sees; linear
+    layer: H D D fp32 numbers, and the last W - 1 inputs of its convolutions."""
+    config, total, size = model.config.get_text_config(decoder=True), 0, model.dtype.itemsize
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}     # of H D
+    layers = transformers.DynamicCache(config=config).layers
+    for attn, layer in zip(attention_modules(model), layers):
+        D, convolved = linear_attn.head_dim_of(attn, config), convolutions.get(type(attn).__name__)
+        if convolved is None:
+            seen = min(context + 1, getattr(layer, "sliding_window", context + 1))
+            total += 2 * kv_heads * D * seen * size
+        else:
+            tail = (linear_attn.CONV_SIZE - 1) * convolved
+            total += attn.num_heads * D * (4 * D + tail * size)
+    return total
+
+
+def clock(device):
+    """Seconds, read when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def median_seconds(device, function, calls, repeats):
+    """Of one call of `function`: the median of `repeats` timings, after one that warms up."""
+    timings = timeit.repeat(function, timer=functools.partial(clock, device), number=calls,
+                            repeat=repeats + 1)
+    return statistics.median(timings[1:]) / calls
+
+
+def time_decoding(model, cache, batch, in_graph):
+    """Decode after `batch` copies of the row in `cache` -> what a result's row says of it."""
+    if on_gpu := model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    past = repeated(cache, ids[:, 0])
+    for layer in past.layers:
+        hold(layer)
+
+    def step():
+        logits = model(ids, past_key_values=past, use_cache=True).logits        # [B, 1, V]
+        ids.copy_(logits[:, -1:].argmax(-1))
+
+    run = step
+    if in_graph:
+        for _ in range(3):                      # compiles the kernels, which a capture cannot
+            step()
+        graph = torch.cuda.CUDAGraph()
+        # the outer block goes back to its stream, which a capture that fails does not
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    seconds = median_seconds(model.device, run, STEPS, REPEATS)
+    tensors = [x for layer in past.layers for x in vars(layer).values()
+               if torch.is_tensor(x) and x.dim() > 0]
+    return {"batch": batch, "tokens_per_second": batch / seconds, "step_ms": 1000 * seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "cache_bytes": sum(x.nbytes for x in tensors)}
+
+
+def time_batch_that_fits(model, cache, batch, in_graph):
+    """The same with `batch` rows or, where memory runs out, with a half, a quarter and so on."""
+    try:
+        return time_decoding(model, cache, batch, in_graph)
+    except RuntimeError as error:               # a capture may end with another error after it
+        if batch == 1 or torch.OutOfMemoryError not in (type(error), type(error.__context__)):
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return time_batch_that_fits(model, cache, batch // 2, in_graph)
+
+
+def why_not_in_graph(model, mixers):
+    """Why all decode eagerly; None where both base and hybrid can be captured in a CUDA graph."""
+    if model.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    for layers in ((), mixers):
+        try:
+            with replaced(model, mixers, layers):
+                ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+                time_decoding(model, prefill(model, ids), 1, True)
+        except RuntimeError as error:
+            return f"with {len(layers)} linear layers: {str(error).splitlines()[0]}"
+
+
+def hybrids_to_time(args, model):
+    """({number of linear layers: which}, {layer: linear module}, the modules' kind) as the flags
+    ask for them. A saved hybrid stays as it is."""
+    attention, saved = attention_modules(model), linear_layers(model)
+    if saved:
+        kinds = {type(attention[layer]) for layer in saved}
+        return {len(saved): ()}, {}, "+".join(
+            name for name, kind in linear_attn.MIXERS.items() if kind in kinds)
+    found = [list(range(count)) for count in range(len(attention) + 1)]
+    if args.layers_from:
+        steps = json.loads(Path(args.layers_from).read_text())["steps"]
+        found = [[], *(step["layers"] for step in steps)]
+    sets = {len(layers): layers for layers in found}
+    counts = args.counts or sorted({0, max(sets) // 2, max(sets)})
+    if not set(counts) <= set(sets):
+        raise ValueError(f"--counts can be of {', '.join(map(str, sets))} linear layers")
+    record, mixers = {"attn": args.attn, "init": "random"}, {}
+    if args.blocks:
+        record = json.loads(Path(args.blocks, "distill.json").read_text())
+        if not record["finished"] or record["teacher_fingerprint"] != fingerprint(model):
+            raise ValueError(f"{args.blocks} is not a finished distillation of {args.model}")
+    for layer in sorted({layer for count in counts for layer in sets[count]}):
+        mixers[layer] = linear_attn.MIXERS[record["attn"]].from_attention(
+            attention[layer], model.config, layer, record["init"]).eval().requires_grad_(False)
+        if args.blocks:
+            file = Path(args.blocks, f"layer_{layer:03d}.safetensors")
+            mixers[layer].load_state_dict(safetensors.torch.load_file(file))
+    return {count: sets[count] for count in counts}, mixers, record["attn"]
+
+
+@torch.no_grad()
+def throughput(args):
+    """Time every context, hybrid and batch -> the result. OUT/throughput.json is written after
+    every row, and the rows that it has already are not timed again."""
+    path = make_output_dir(args.out or "out/throughput") / "throughput.json"
+    lock_dir(path.parent)
+    model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    device, vocabulary = model.device, model.get_input_embeddings()
+    (contexts, batches), gpu_memory = ON_CPU, None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        (contexts, batches), gpu_memory = ON_GPU, torch.cuda.mem_get_info()[1]
+    contexts = args.contexts or contexts
+    if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
+        raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model alone.")
+    tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
+    if tables and max(contexts) >= (max_length(model) or math.inf):
+        raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
+    try:
+        sets, mixers, kind = hybrids_to_time(args, model)
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--blocks, --layers-from and --counts do not go with {args.model}: "
+                        f"{type(error).__name__}: {error}")
+    why_eager = why_not_in_graph(model, mixers)
+    result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
+              "modules": args.blocks or ("random" if args.attn else "saved"),
+              "order": args.layers_from or "by number",
+              "device": torch.cuda.get_device_name() if gpu_memory else str(device),
+              "dtype": str(model.dtype), "versions": versions(),
+              "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
+              "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH}
+    before = json.loads(path.read_text()) if path.exists() else {**result, "rows": []}
+    rows = before.pop("rows")
+    if before != result:
+        raise UserError(f"{path} has other settings or versions; give another --out.")
+    done = {(row["context"], row["linear_layers"], row["asked"]) for row in rows}
+    for context, count in itertools.product(contexts, sets):
+        to_do = [asked for asked in batches if (context, count, asked) not in done]
+        if not to_do:
+            continue
+        ids = torch.randint(vocabulary.num_embeddings, (1, context),
+                            generator=torch.Generator().manual_seed(args.seed)).to(device)
+        with replaced(model, mixers, sets[count]):
+            seconds = median_seconds(device, lambda: prefill(model, ids), 1, 3)
+            cache, row_bytes = prefill(model, ids), bytes_by_formula(model, context)
+            for asked in to_do:
+                batch = asked if asked != "largest" else min(       # the caches alone would fit
+                    MAX_BATCH, 2 ** (max(1, gpu_memory // row_bytes).bit_length() - 1))
+                timed = time_batch_that_fits(model, cache, batch, not why_eager)
+                rows.append({"context": context, "linear_layers": count, "asked": asked, **timed,
+                             "layers": linear_layers(model),
+                             "prefill_tokens_per_second": context / seconds,
+                             "cache_bytes_formula": timed["batch"] * row_bytes})
+                write_json(path, {**result, "rows": rows})
+                log(f"context {context}, batch {timed['batch']}, {count} linear layers: "
+                    f"{timed['tokens_per_second']:,.1f} tokens per second")
+    return {**result, "rows": rows}
+
+
+def add_throughput_flags(parser):
+    def numbers(kind):
+        def comma_separated(text):
+            return [kind(part) for part in text.split(",")]
+        return comma_separated
+
+    parser.add_argument("--throughput", action="store_true", help="time decoding against the "
+                        "number of linear layers; with --model, and --blocks or --attn")
+    for flag, text in (("blocks", "a run of distill.py, whose modules are timed"),
+                       ("layers-from", "a result.json of replace.py, for the order of the layers")):
+        parser.add_argument(f"--{flag}", help=f"of --throughput: {text}")
+    parser.add_argument("--attn", choices=list(linear_attn.MIXERS),
+                        help="of --throughput: random modules of this kind, without --blocks")
+    parser.add_argument("--contexts", type=numbers(positive(int)), help="of --throughput: numbers "
+                        "of tokens, default 512,2048,16384,65536 on a GPU, 128,512,2048 on a CPU")
+    parser.add_argument("--counts", type=numbers(int), help="of --throughput: numbers of linear "
+                        "layers, default none, half and all that --layers-from found")
+
+
+def is_throughput(args):
+    """Raises UserError where flags of --throughput stand without it, or it lacks its model."""
+    timing = args.blocks or args.layers_from or args.attn or args.contexts or args.counts
+    if timing and not args.throughput:
+        raise UserError("--blocks, --layers-from, --attn, --contexts and --counts go with "
+                        "--throughput.")
+    if args.throughput and (args.model is None or args.task):
+        raise UserError("--throughput needs a --model, and takes no --task.")
+    return args.throughput
+
+
+# ------------------------------------------------------------------------------------------------
 # The command line
 
 def add_task_flags(parser):
@@ -1706,11 +1956,14 @@ def parse_args():
     parser.add_argument("--show", type=positive(int), default=0, metavar="N",
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
+    add_throughput_flags(parser)
     return parser.parse_args()
 
 
 def main():
     args, following = parse_args(), None
+    if is_throughput(args):
+        return finish(throughput(args))
     if args.model is None:
         demo_file("copy", "test")               # refuses where there is no demo
         args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)

@@ -1570,6 +1570,72 @@ def test_eval_without_a_demo_says_what_makes_one(tmp_path, monkeypatch, capsys):
     assert code == 2 and "python distill.py" in err
 
 
+def time_command(lab, out, **flags):
+    return command("eval.py", throughput=True, **{"model": lab / "model", "out": out, **flags})
+
+
+@pytest.mark.parametrize("attn", MIXERS)
+def test_throughput_times_the_hybrids_of_a_search(attn, lab, runs, tmp_path, monkeypatch, capsys):
+    """Other hybrids would be timed, or with a cache that grows, or finished rows a second time."""
+    (tmp_path / "result.json").write_text(json.dumps(
+        {"steps": [{"layers": [2]}, {"layers": [0, 2]}, {"layers": [0, 2, 3]}]}))
+    monkeypatch.setattr(evaluation, "STEPS", 1)
+    flags = dict(blocks=runs[attn], layers_from=tmp_path / "result.json", counts="0,2,3")
+    words = [time_command(lab, tmp_path, contexts=c, **flags) for c in ("8", "8,24")]
+    (_, first, _), (code, result, err) = (call(w, monkeypatch, capsys) for w in words)
+    assert code == 0 and "context 24" in err and "context 8," not in err
+    assert (result.pop("next"), result["mixer"], result["decoding"]) == (None, attn, "eager")
+    assert result == json.loads((tmp_path / "throughput.json").read_text())
+    assert result["rows"][:6] == first["rows"]
+    state = 4 * 8 * 8 * 4 + 3 * {"gla": 0, "gdn": 3, "jet": 1}[attn] * 32 * 4
+    for row, (context, layers, batch) in zip(result["rows"], itertools.product(
+            (8, 24), ([], [0, 2], [0, 2, 3]), (1, 8)), strict=True):
+        assert (row["context"], row["layers"], row["batch"]) == (context, layers, batch)
+        wanted = len(layers) * state + (4 - len(layers)) * 2 * 2 * 8 * 4 * (context + 1)
+        assert row["cache_bytes"] == row["cache_bytes_formula"] == batch * wanted
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mistral"))
+def test_a_timed_step_is_the_step_after_the_context(family, monkeypatch):
+    """The speed would be that of another computation: of a wrong place, mask, state or length."""
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    config, ids = FAMILIES[family](), tokens(1, 20)
+    if family == "mistral":
+        config.sliding_window = 8
+    model = random_model(config)
+    with torch.no_grad(), replace.replaced(model, shaken_mixers(model, "gdn"), (0, 2)):
+        cache = evaluation.repeated(evaluation.prefill(model, ids), torch.tensor([0, 0]))
+        for layer in cache.layers:
+            evaluation.hold(layer)
+        for token in (5, 9):            # both in the same place
+            whole = torch.cat([ids, torch.tensor([[token]])], 1)
+            step = model(torch.tensor([[token]] * 2), past_key_values=cache).logits[:, -1]
+            assert relative(step, model(whole).logits[:, -1].expand(2, -1)) < 1e-5
+
+
+def test_throughput_halves_a_batch_that_does_not_fit(monkeypatch):
+    """The largest batch would not be found where memory runs out inside a capture."""
+    def decode(model, cache, batch, in_graph):
+        if batch > 2:
+            try:
+                raise torch.OutOfMemoryError
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        return batch
+    monkeypatch.setattr(evaluation, "time_decoding", decode)
+    assert evaluation.time_batch_that_fits(None, None, 16, True) == 2
+
+
+@pytest.mark.parametrize("flags, says", (
+    ({}, "takes --blocks, --attn"), (dict(attn="gla", task="copy"), "takes no --task"),
+    (dict(attn="gla", counts="9"), "--counts"), (dict(attn="gla", contexts="0"), "--contexts"),
+    (dict(attn="gla", layers_from="nothing"), "--layers-from"), (dict(blocks="nothing"), "--blocks")))
+def test_throughput_bad_input(flags, says, lab, tmp_path, monkeypatch, capsys):
+    """A flag that does not fit would end in a traceback, or after the timings."""
+    code, _, err = call(time_command(lab, tmp_path, **flags), monkeypatch, capsys)
+    assert code == 2 and says in err.splitlines()[-1], err
+
+
 @needs_shared
 def test_base_scores_on_the_real_model():
     """The numbers that lm-evaluation-harness 0.4.13 gives for the same items."""
