@@ -13,7 +13,6 @@ OUT/best. Every evaluation is on disk (OUT/search.jsonl) before the next begins,
 continues an interrupted search. The last line on stdout is the result as one JSON object.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -175,13 +174,19 @@ def impact_scores(model, mixers, prepared, seed):
 def spearman(x, y):
     """Rank correlation; equal values share their mean rank. None where one side does not vary."""
     ranks = [[sum(b < a for b in z) + sum(b <= a for b in z) for a in z] for z in (x, y)]
-    if any(len(set(r)) == 1 for r in ranks):
+    if any(len(set(r)) < 2 for r in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 # ------------------------------------------------------------------------------------------------
 # Scores of hybrids: none is evaluated twice
+
+def spelled(row):
+    """The numbers of a result as one line for people."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:,.5g}" for key, value in row.items()
+                     if isinstance(value, (int, float)))
+
 
 class Scores:
     """Scores of a model's hybrids by split and linear layers. The journal (search.jsonl) holds the
@@ -210,11 +215,11 @@ class Scores:
                 "".join(line + "\n" for line in lines or [json.dumps(settings)])))
         rows = gather(rows)[0]                          # nodes may not share a disk
         self.known = {(row["split"], tuple(row["layers"])): row for row in rows}
-        self.plain = args.plain or not evaluation.layers_can_be_shared(
-            model, splits["validation"], mixers)
-        if self.plain and not args.plain:
+        can_share = evaluation.layers_can_be_shared(model, splits["validation"], mixers)
+        self.plain = args.plain or not can_share
+        if not can_share:
             log(f"{type(model).__name__}: a layer reads more of the lower layers than their hidden "
-                "states, so all layers run for every candidate (--plain).")
+                "states, so all layers run for every candidate.")
 
     def rows(self, split, layer_sets):
         """The journal's row of each layer set on one split. Sets that it lacks are evaluated
@@ -223,9 +228,8 @@ class Scores:
         new = [s for s in dict.fromkeys(layer_sets) if (split, s) not in self.known]
         if new:
             prepared, cost, began = self.splits[split], collections.Counter(), time.perf_counter()
-            batches = len(prepared.batches[rank()::evaluation.world_size()])
-            with progress(total=len(new) * batches, desc=f"{len(new)} hybrids", unit="batch",
-                          leave=False) as bar:
+            total = len(new) * len(prepared.batches[rank()::evaluation.world_size()])
+            with progress(total=total, desc=f"{len(new)} hybrids", leave=False) as bar:
                 scores = evaluate_hybrids(self.model, prepared, self.mixers, new, self.metric,
                                           self.allow_code, self.plain, cost, bar)
             seconds = (time.perf_counter() - began) / len(new)
@@ -249,30 +253,23 @@ class Scores:
         return [row["score"] for row in self.rows("validation", layer_sets)]
 
     def record(self, step):
-        """The step as result.json and one line of the log have it: with the standard errors of its
-        score and of the difference to the runner-up, paired by item. `flipped` items are right in
-        one of these two models only."""
+        """The step as result.json has it, with the standard errors of its score and of the
+        difference to the runner-up, paired by item. `flipped` items are right in one of these two
+        models only."""
         row, = self.rows("validation", [step.layers])
         found = {"layers": sorted(step.layers), "score": step.score, "layer": step.layer,
                  "runner_up": None, "runner_up_score": None, "ties": 0, "stderr": row["stderr"],
                  "difference": None, "difference_stderr": None, "flipped": None}
-        name = f"layers {found['layers']}" if step.layer is None else f"layer {step.layer}"
-        line = (f"{len(step.layers)} linear: {name}, validation {step.score:.4f} +- "
-                f"{row['stderr']:.4f}")
         rivals = {layers: p for layers, p in step.scores.items() if layers != step.layers}
         if rivals:
             second, p_second = first_maximum(rivals)
             other, = self.rows("validation", [second])
             gaps = np.array(row["items"], float) - np.array(other["items"], float)
-            stderr = gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5
-            ties = sum(p >= step.score - SLACK for p in rivals.values())
-            found |= {"runner_up": second[-1], "runner_up_score": p_second, "ties": ties,
-                      "difference": float(gaps.mean()), "difference_stderr": float(stderr),
-                      "flipped": int((gaps != 0).sum())}
-            line += (f", runner-up layer {second[-1]} with {p_second:.4f}, margin "
-                     f"{gaps.mean():+.4f} +- {stderr:.4f}, {ties} ties, {found['flipped']} items "
-                     "flipped")
-        log(line)
+            found |= {"runner_up": second[-1], "runner_up_score": p_second,
+                      "ties": sum(p >= step.score - SLACK for p in rivals.values()),
+                      "difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
+                      "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
+        log(f"{len(step.layers)} linear: {spelled(found)}")
         return found
 
     def final(self, layers):
@@ -284,11 +281,6 @@ class Scores:
         if found["test"] is not None:
             found["gap"] = found["validation"] - found["test"]
         return found
-
-    def cells(self, layers):
-        """["score +- standard error (n)" on each split], for people."""
-        rows = [self.rows(split, [layers])[0] for split in self.splits]
-        return [f"{r['score']:.4f} +- {r['stderr']:.4f} (n = {r['n']})" for r in rows]
 
     def cost(self):
         """Cost of the validation scores that this run used, even if an earlier run paid it."""
@@ -326,7 +318,11 @@ def model_card(scores, layers, result):
     base, task = result["model"], result["task"]
     runs = [read_run(run) for run in result["blocks"].split(",")]
     data = "; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs))
-    commands = "\n".join([*(run["command"] for run in runs), evaluation.command_line()])
+    commands = "\n".join([*(run.get("command", "") for run in runs), evaluation.command_line()])
+
+    def cells(found):
+        return " | ".join(f"{found[split]:.4f} +- {found[f'{split}_stderr']:.4f} (n = {n})"
+                          for split, n in result["n"].items())
     return f"""---
 library_name: transformers
 tags: [distill-then-replace, linear-attention]
@@ -338,10 +334,10 @@ Layers {layers} of `{base}`, which has {len(attention_modules(scores.model))}, a
 ({result["attn"]}), made by Distill-then-Replace (arXiv:2601.11667). Each was distilled alone
 on {data}; the validation split of `{task}` decided which ones are linear.
 
-| {result["metric"]} +- standard error | {" | ".join(scores.splits)} |
-|---|{"---|" * len(scores.splits)}
-| base | {" | ".join(scores.cells(()))} |
-| this model | {" | ".join(scores.cells(layers))} |
+| {result["metric"]} +- standard error | {" | ".join(result["n"])} |
+|---|{"---|" * len(result["n"])}
+| base | {cells(scores.final(()))} |
+| this model | {cells(scores.final(layers))} |
 
 Load it with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, and its
 tokenizer with `AutoTokenizer` in the same way. It works with transformers {KNOWN} and was made
@@ -368,17 +364,12 @@ def linear_flops(module):
 def time_distillation(model, mixers, batch):
     """Hours for the paper's tokens at the speed of train_step on batch [B, T]. FLOPs: the teacher's
     forward, the students' forward and twice as much backwards."""
-    optimizers = make_optimizers(mixers)
-
-    def train(steps):
-        for _ in range(steps):
-            losses = train_step(model, mixers, optimizers, batch, 1e-4)
-        float(losses[max(losses)])                                  # waits for the device
-
-    train(2)                                                        # a warm-up
-    began = time.perf_counter()
-    train(20)
-    rate = 20 * batch.numel() / (time.perf_counter() - began)
+    optimizers, times = make_optimizers(mixers), []
+    for _ in range(22):                                     # the first two are a warm-up
+        losses = train_step(model, mixers, optimizers, batch, 1e-4)
+        float(losses[max(losses)])                          # waits for the device
+        times.append(time.perf_counter())
+    rate = 20 * batch.numel() / (times[-1] - times[1])
     flops = linear_flops(model.get_decoder()) + 3 * sum(map(linear_flops, mixers.values()))
     return {"hours": PAPER_TOKENS / rate / 3600, "tokens_per_second": rate,
             "flops_per_second": flops * rate, "peak_memory": peak_memory(model.device)}
@@ -410,22 +401,23 @@ def benchmark(args):
                         "nothing: leave torchrun, --model, --blocks, --task and --out out.")
     device = evaluation.find_device(args.device)
     gpu = device.type == "cuda"
-    vocab, width, mlp_width, layers, heads, dtype, shape, items, length = (
-        (151936, 1536, 8960, 28, 12, torch.bfloat16, (32, 512), PAPER_ITEMS, 400) if gpu else
-        (64, 64, 128, 4, 4, torch.float32, (4, 64), 8, 40))
+    size = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                num_attention_heads=12, num_key_value_heads=2)
+    dtype, shape, items, length = torch.bfloat16, (32, 512), PAPER_ITEMS, 400
+    if not gpu:
+        size = dict(zip(size, (64, 64, 128, 4, 4, 2)))
+        dtype, shape, items, length = torch.float32, (4, 64), 8, 40
     torch.manual_seed(args.seed)
     with device:
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-            vocab_size=vocab, hidden_size=width, intermediate_size=mlp_width,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=None))
+            **size, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None))
     model = model.to(dtype).eval().requires_grad_(False)
-    mixers = make_mixers(model, "jet", range(layers), "inherit", args.seed)
+    mixers = make_mixers(model, "jet", range(size["num_hidden_layers"]), "inherit", args.seed)
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     docs = [{"context": demo_text(rng.randrange(64) for _ in range(length)),
              "choices": ["t1", "t2", "t3"], "gold": rng.randrange(3)} for _ in range(items)]
     prepared = prepare(evaluation.CHOICE_FILE, docs, model, demo_tokenizer(), args)
-    batch = torch.randint(vocab, shape, generator=generator)
+    batch = torch.randint(size["vocab_size"], shape, generator=generator)
     phases = {"distillation": time_distillation(model, mixers, batch)}
     for mixer in mixers.values():
         mixer.to(dtype).eval().requires_grad_(False)
@@ -435,8 +427,7 @@ def benchmark(args):
     log(f"{name}; the paper needed 2.5 hours of an A800 for each phase")
     for phase, row in phases.items():
         row["share_of_matrix_rate"] = rate and row["flops_per_second"] / rate
-        log(f"  {phase}: " + ", ".join(f"{key.replace('_', ' ')} {value:,.5g}"
-                                       for key, value in row.items() if value is not None))
+        log(f"  {phase}: {spelled(row)}")
     return {"device": name, "batch_size": args.batch_size, "versions": versions(), **phases}
 
 
@@ -448,26 +439,23 @@ def parse_args():
     evaluation.add_model_flags(parser)
     evaluation.add_task_flags(parser)
     add, positive = parser.add_argument, evaluation.positive(int)
-    add("--blocks", help="run directory of distill.py; comma-separated if layers were distilled "
-        "apart")
+    add("--blocks", help="run directory of distill.py, or several, comma-separated")
     add("--task", help="a .jsonl file to search on, or a named task of eval.py")
     add("--test", help=".jsonl file to report on, if --task is a file")
     add("--test-docs", help="local file of the documents that a named task reports")
     add("--search-size", type=positive, default=500,
-        help="documents to search on, at most, for a named task (paper: 500)")
-    add("--paper-splits", action="store_true", help="the paper's literal reading: search on the "
-        "documents that are reported where the task has no other split (it leaks)")
-    add("--max-drop", type=float, default=0.05,
-        help="P_min as a relative drop from the base's score (paper: 0.05)")
+        help="documents of a named task to search on, at most (paper: 500)")
+    add("--paper-splits", action="store_true",
+        help="search on the reported documents where a task has no other split (it leaks)")
+    add("--max-drop", type=float, default=0.05, help="P_min as a relative drop (paper: 0.05)")
     add("--p-min", type=float, help="P_min itself, in place of --max-drop")
-    add("--all", action="store_true",
-        help="go on below P_min until every layer is replaced, for the curve")
+    add("--all", action="store_true", help="continue below P_min until every layer is replaced")
     add("--order", choices=("greedy", "local", "uniform", "random", "impact"), default="greedy",
         dest="strategy", help="greedy: Algorithm 1; local: ranked once, each layer alone; uniform: "
         "evenly spaced; random: by --seed; impact: by linear probes (section 4.3)")
     add("--budget", type=positive, help="stop after this many layers")
-    add("--plain", action="store_true", help="run all layers for every candidate, in place of "
-        "shared lower layers once: slower, the same scores")
+    add("--plain", action="store_true",
+        help="run shared lower layers for every candidate: slower, the same scores")
     add("--layers", help="no search: score and save just this set, e.g. 4,8,12")
     add("--benchmark", action="store_true", help="no search: time both phases on a random model "
         "of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N searches on N of 500 items")
@@ -496,10 +484,8 @@ def candidates_of(args, scores, num_layers, given):
     layers = range(num_layers)
     if given:
         return lambda num_layers, model: [given], None
-    if args.strategy == "greedy":
-        return each_full_layer, None
-    if args.strategy == "uniform":
-        return uniform, None
+    if args.strategy in ("greedy", "uniform"):
+        return uniform if args.strategy == "uniform" else each_full_layer, None
     if args.strategy == "random":
         return in_order(random.Random(args.seed).sample(layers, num_layers)), None
     if args.strategy == "local":        # by the score when each layer alone is replaced
@@ -508,41 +494,31 @@ def candidates_of(args, scores, num_layers, given):
     impact = gather(rank() == 0 and impact_scores(
         scores.model, scores.mixers, scores.splits["validation"], args.seed))[0]
     for layer, row in impact.items():
-        log(f"layer {layer}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        log(f"layer {layer}: {spelled(row)}")
     return in_order(sorted(layers, key=lambda layer: impact[layer]["impact"])), impact
 
 
 def correlation_with_greedy(impact, scores):
     """Spearman's correlation of the impact scores with the order of a greedy search that ran
     through all layers with the same journal; None without one."""
+    def known(layer_sets):
+        return [scores.known["validation", tuple(sorted(s))]["score"] for s in layer_sets]
+
     try:
-        steps = greedy(lambda sets: [scores.known["validation", tuple(sorted(layers))]["score"]
-                                     for layers in sets], len(impact), run_all=True).steps
+        steps = greedy(known, len(impact), run_all=True).steps
     except KeyError:
-        log("for Spearman's correlation with the greedy order, first run --order greedy --all with "
-            "the same --out")
-        return None
+        steps = []
     found = spearman([impact[step.layer]["impact"] for step in steps], range(len(steps)))
-    log(f"Spearman's correlation of impact score and greedy order: {found}")
+    log(f"Spearman's correlation of impact score and greedy order: {found} (it needs a search with "
+        "--order greedy --all and the same --out)")
     return found
 
 
-def log_result(result, scores, out):
-    """The closing table: base, M_best and M_opt on both splits, with standard errors; the cost."""
-    log(f"{result['task']}: {result['metric']}; P_min {result['p_min']:.4f}")
-    for name, layers in (("base", []), ("M_best", result["best"]["layers"]),
-                         ("M_opt", result["opt"]["layers"])):
-        cells = ", ".join(map(" ".join, zip(scores.splits, scores.cells(layers))))
-        log(f"  {name:6s} {cells}; linear layers {layers}")
-    cost = result["cost"]
-    log(f"  {cost['evaluations']} evaluations in {cost['search_seconds']:.1f} s; layer-token "
-        f"forwards: {cost['layer_tokens']:,}, {cost['saved']:.1%} fewer than the "
-        f"{cost['plain_layer_tokens']:,} of a plain search")
-    log(f"  layers went in the order {result['order']}; saved {out}/opt, {out}/best")
-
-
-def run_search(args, model, tokenizer, out, task, metric, documents):
+def run_search(args):
     """Search, or score --layers, and save everything -> the result."""
+    out, task, metric, documents = open_search(args)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code,
+                                  base_only=True)
     began = time.perf_counter()
     check_savable(model)
     num_layers = len(attention_modules(model))
@@ -581,16 +557,11 @@ def run_search(args, model, tokenizer, out, task, metric, documents):
         for name in ("best", "opt"):
             save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
         write_json(out / "result.json", result)
-    log_result(result, scores, out)
+    log(f"{args.task}: {metric}, P_min {found.p_min:.5g}, n {result['n']}")
+    for name, layers in (("base", ()), ("M_best", best), ("M_opt", opt)):
+        log(f"  {name}: {spelled(scores.final(layers))}; linear layers {sorted(layers)}")
+    log(f"  {spelled(scores.cost())}: {result['cost']['saved']:.1%} fewer than a plain search")
     return result
-
-
-def demo_flags(args):
-    """The flags of the demo's two searches."""
-    log("demo: searches the tiny Llama's two tasks; --model, --blocks, --task search anything else")
-    args.model, args.blocks, args.all = str(make_demo()), args.blocks or str(DEMO / "blocks"), True
-    return [argparse.Namespace(**vars(args) | {"task": task, "out": str(DEMO / task)})
-            for task in ("copy", "chain")]
 
 
 def main():
@@ -598,17 +569,20 @@ def main():
     evaluation.join_ranks(args.device)
     if args.benchmark:
         return evaluation.finish(benchmark(args))
-    demo = args.model is None
-    searches = demo_flags(args) if demo else [args]
-    opened = [open_search(flags) for flags in searches]
-    first = searches[0]
-    model, tokenizer = load_model(first.model, args.device, args.dtype, args.trust_remote_code,
-                                  base_only=True)
-    results = [run_search(flags, model, tokenizer, *found)
-               for flags, found in zip(searches, opened)]
-    evaluation.finish(
-        {"results": {result["task"]: result for result in results}} if demo else results[0],
-        f"python eval.py --model {first.out}/opt --task {first.test or first.task}")
+    if args.model is not None:
+        return evaluation.finish(
+            run_search(args),
+            f"python eval.py --model {args.out}/opt --task {args.test or args.task}")
+    log("demo: searches the tiny Llama's two tasks; --model, --blocks, --task search anything else")
+    args.model, args.blocks, args.all = str(make_demo()), args.blocks or str(DEMO / "blocks"), True
+    results = {}
+    for args.task in ("copy", "chain"):
+        args.out = str(DEMO / args.task)
+        results[args.task] = run_search(args)
+    for name, result in results.items():
+        log(f"{name}: layers went in the order {result['order']}; M_opt keeps "
+            f"{len(result['order']) - len(result['opt']['layers'])} softmax layers")
+    evaluation.finish({"results": results}, f"python eval.py --model {DEMO}/copy/opt --task copy")
 
 
 if __name__ == "__main__":

@@ -2599,14 +2599,9 @@ def test_code_scores():
 # replace.py: Algorithm 1 on tables of scores
 
 def table_search(table, num_layers, **kwargs):
-    """Algorithm 1 on table(sorted layers) -> P; also the layer sets that it asked for."""
-    asked = []
-
-    def evaluate(sets):
-        asked.extend(tuple(sorted(layers)) for layers in sets)
-        return [table(tuple(sorted(layers))) for layers in sets]
-
-    return replace.greedy(evaluate, num_layers, **kwargs), asked
+    """Algorithm 1 on table(sorted layers) -> P."""
+    return replace.greedy(lambda sets: [table(tuple(sorted(layers))) for layers in sets],
+                          num_layers, **kwargs)
 
 
 def brute_force(table, num_layers, p_min, run_all=True):
@@ -2628,39 +2623,35 @@ def brute_force(table, num_layers, p_min, run_all=True):
     return order, best, opt
 
 
-@pytest.mark.parametrize("run_all", (False, True))
-def test_greedy_equals_a_brute_force(run_all):
+def test_greedy_equals_a_brute_force():
     """Without it, a tie, a stop or M_best could be wrong: small integer scores tie often."""
-    for seed in range(60):
+    for seed, run_all in itertools.product(range(60), (False, True)):
         rng = random.Random(seed)
         num_layers = rng.randint(1, 6)
-        values = {layers: rng.randint(10, 20) - size // 2 for size in range(num_layers + 1)
-                  for layers in itertools.combinations(range(num_layers), size)}
-        search, asked = table_search(values.get, num_layers, max_drop=0.2, run_all=run_all)
-        order, best, opt = brute_force(values.get, num_layers, 0.8 * values[()], run_all)
-        assert [(step.layer, step.score) for step in search.steps] == order
-        assert (list(search.best), list(search.opt)) == (best, opt)
-        assert len(asked) == len(set(asked))
-        assert not run_all or len(asked) == 1 + num_layers * (num_layers + 1) // 2
+        table = {layers: rng.randint(10, 20) - size // 2 for size in range(num_layers + 1)
+                 for layers in itertools.combinations(range(num_layers), size)}.get
+        search = table_search(table, num_layers, max_drop=0.2, run_all=run_all)
+        assert brute_force(table, num_layers, 0.8 * table(()), run_all) == (
+            [(step.layer, step.score) for step in search.steps], list(search.best),
+            list(search.opt))
 
 
 def test_greedy_on_a_table_with_a_known_answer():
-    """Without it, brute force and search could share a misreading of the paper; and 0.95 * 0.6 or
-    0.1 + 0.2 would not compare as the fractions that they stand for."""
+    """Without it, brute force and search could share a misreading of the paper, or compare
+    0.95 * 0.6 and 0.1 + 0.2 by their last bits."""
     scores = {(): 0.80, (0,): 0.70, (1,): 0.80, (2,): 0.80, (0, 1): 0.79, (1, 2): 0.78,
               (0, 1, 2): 0.50}
-    search, _ = table_search(scores.get, 3, max_drop=0.05)
+    search = table_search(scores.get, 3, max_drop=0.05)
     assert [step.layer for step in search.steps] == [1, 0, 2]   # the tie of 1 and 2: lowest index
     assert search.best == (1,)                                  # >= prefers more linear layers
     assert search.opt == (1, 0) and search.p_min == pytest.approx(0.76)
     scores[0, 1, 2] = 0.85                                      # a step below P_min may be M_best
-    search, _ = table_search(scores.get, 3, p_min=0.9)
-    assert search.opt == () and search.best == (1,) and len(search.steps) == 1
-    search, _ = table_search(scores.get, 3, p_min=0.9, run_all=True)
-    assert search.best == (1,) and len(search.steps) == 3       # the curve goes on, M_best does not
+    for run_all, steps in ((False, 1), (True, 3)):
+        search = table_search(scores.get, 3, p_min=0.9, run_all=run_all)
+        assert search.opt == () and search.best == (1,) and len(search.steps) == steps
     third = {(): 1 / 3, (0,): 1 / 3, (1,): 0.1 + 0.2 + 1 / 30, (0, 1): 0.0}
-    assert third[0,] != third[1,] and table_search(third.get, 2)[0].best == (0,)
-    assert table_search({(): 0.6, (0,): 0.95 * 0.6}.get, 1, max_drop=0.05)[0].opt == (0,)
+    assert third[0,] != third[1,] and table_search(third.get, 2).best == (0,)
+    assert table_search({(): 0.6, (0,): 0.95 * 0.6}.get, 1, max_drop=0.05).opt == (0,)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2706,82 +2697,72 @@ def searches(lab, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, attn", (("recall", "gdn"), ("cloze", "jet")))
 def test_search_on_the_real_model_equals_a_brute_force(name, attn, tmp_path):
-    """Without it, sharing layers or batches could change a score of a real model by a bit."""
+    """Without it, shared layers or batches could change a score of a real model by a bit."""
     model, tokenizer = evaluation.load_model(str(STORIES))
-    items = tmp_path / "items.jsonl"
+    items, outputs = tmp_path / "items.jsonl", []
     lines = (SHARED / "data" / "stories" / f"{name}-validation.jsonl").read_text().splitlines()
-    items.write_text("\n".join(lines[:12]) + "\n")
+    items.write_text("\n".join(lines[:8]) + "\n")
     task, docs = evaluation.file_task(items)
     mixers = distill.make_mixers(model, attn, range(5), "inherit", 0)
     chunks = list(distill.pack((tokenizer.encode(doc["context"]) for doc in docs), 64))
     distill.solve_o_proj(model, mixers, torch.stack(chunks).chunk(2))    # even and odd batches
-
-    def table(layers):
-        with replace.replaced(model, mixers, layers):
-            return naive_accuracy(model, tokenizer, items)
-
-    order, best, _ = brute_force(functools.cache(table), 5, 0.0)
-    outputs = {}
-    for plain, batch_size in ((False, 8), (True, 8), (False, 1)):
-        split = evaluation.Prepared(task, docs, model, tokenizer, batch_size)
-
+    split = evaluation.Prepared(task, docs, model, tokenizer, 8)
+    for plain in (False, True):
         def evaluate(sets):
             scores = evaluation.evaluate_hybrids(model, split, mixers, sets, plain=plain)
-            outputs.setdefault((plain, batch_size), []).extend(s.outputs for s in scores)
+            outputs.extend(score.outputs for score in scores)
             return [score.mean() for score in scores]
 
         search = replace.greedy(evaluate, 5, p_min=0.0, run_all=True)
-        assert [(step.layer, step.score) for step in search.steps] == order
-        assert list(search.best) == best
-    assert outputs[False, 8] == outputs[True, 8]
+    assert outputs[:16] == outputs[16:]
+    found = [(step.layer, step.score) for step in search.steps], list(search.best)
+    assert brute_force(naive_table(model, tokenizer, mixers, items), 5, 0.0)[:2] == found
+
+
+def naive_table(model, tokenizer, mixers, path):
+    @functools.cache
+    def table(layers):
+        with replace.replaced(model, mixers, layers):
+            return naive_accuracy(model, tokenizer, path)
+    return table
 
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_search_equals_a_brute_force_from_scratch(lab, runs, searches, attn):
     """Without it, result.json or the saved models could differ from Algorithm 1's, and an
     evaluation could be run twice."""
-    result, cost = result_of(searches[attn])
+    (result, cost), rows = result_of(searches[attn]), journal_of(searches[attn])
     model, tokenizer = load_lab_model(lab)
-    mixers = distill.load_blocks(str(runs[attn]), model)
-
-    def table(layers):
-        with replace.replaced(model, mixers, layers):
-            return naive_accuracy(model, tokenizer, lab / "val.jsonl")
-
-    order, best, opt = brute_force(functools.cache(table), 4, 0.95 * result["p_base"] - 1e-9)
-    assert result["order"] == [layer for layer, _ in order]
-    assert result["validation"] == pytest.approx([score for _, score in order], abs=1e-12)
+    table = naive_table(model, tokenizer, distill.load_blocks(str(runs[attn]), model),
+                        lab / "val.jsonl")
+    order, best, opt = brute_force(table, 4, 0.95 * result["p_base"] - 1e-9)
+    assert list(zip(result["order"], result["validation"])) == order
     assert result["best"]["layers"] == sorted(best) and result["opt"]["layers"] == sorted(opt)
-    assert result["test_base"] == pytest.approx(
-        naive_accuracy(model, tokenizer, lab / "test.jsonl"))
     for name in ("best", "opt"):
         hybrid, _ = evaluation.load_model(str(searches[attn] / name))
         assert linear_attn.linear_layers(hybrid) == result[name]["layers"]
-        for split, path in (("validation", "val.jsonl"), ("test", "test.jsonl")):
-            assert naive_accuracy(hybrid, tokenizer, lab / path) == pytest.approx(
-                result[name][split])
-        assert result[name]["gap"] == result[name]["validation"] - result[name]["test"]
-    rows = journal_of(searches[attn])
+        scores = [naive_accuracy(hybrid, tokenizer, lab / f"{file}.jsonl")
+                  for file in ("val", "test")]
+        assert scores == [result[name]["validation"], result[name]["test"]]
+        assert result[name]["gap"] == scores[0] - scores[1]
     assert len({(row["split"], *row["layers"]) for row in rows}) == len(rows)
     assert sum(row["split"] == "validation" for row in rows) == 11 == cost["evaluations"]
 
 
 def test_steps_carry_their_statistics(searches):
     """Without it, the margin to the runner-up could be wrong: here from the journal, by hand."""
-    items = {tuple(row["layers"]): row["items"] for row in journal_of(searches["gla"])
-             if row["split"] == "validation"}
-    rivals, done = {}, ()
+    items, done = {tuple(row["layers"]): torch.tensor(row["items"]) for row in
+                   journal_of(searches["gla"]) if row["split"] == "validation"}, ()
     for step in result_of(searches["gla"])[0]["steps"]:
         rivals = {layer: items[tuple(sorted((*done, layer)))] for layer in range(4)
                   if layer not in done}
         chosen = rivals.pop(step["layer"])
-        assert sum(chosen) / 24 == pytest.approx(step["score"])
-        assert step["ties"] == sum(sum(rival) == sum(chosen) for rival in rivals.values())
+        assert step["ties"] == sum(rival.sum() == chosen.sum() for rival in rivals.values())
         if rivals:
-            gaps = torch.tensor(chosen) - torch.tensor(rivals[step["runner_up"]])
-            assert sum(rivals[step["runner_up"]]) == max(map(sum, rivals.values()))
-            assert step["difference"] == pytest.approx(gaps.mean().item())
-            assert step["difference_stderr"] == pytest.approx(gaps.std().item() / 24 ** 0.5)
+            runner_up = rivals[step["runner_up"]]
+            assert runner_up.sum() == max(rival.sum() for rival in rivals.values())
+            gaps, found = chosen - runner_up, (step["difference"], step["difference_stderr"])
+            assert found == pytest.approx((gaps.mean().item(), gaps.std().item() / 24 ** 0.5))
             assert step["flipped"] == gaps.count_nonzero()
         done = (*done, step["layer"])
 
@@ -2831,21 +2812,19 @@ def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, monkeypatch, capsy
 def test_a_bf16_base_gives_a_bf16_hybrid_with_a_card(lab, runs, tmp_path, monkeypatch, capsys):
     """Without it, a CPU, which holds bf16 models in fp32, would save fp32 numbers that were never
     scored; or the card would lack what a user of the model must know."""
+    base, opt, warned = tmp_path / "base", tmp_path / "out" / "opt", []
     model, tokenizer = load_lab_model(lab)
-    model.bfloat16().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    words = replace_command(lab, runs["jet"], tmp_path / "out", model=tmp_path / "base",
-                            layers="1-2")
+    model.bfloat16().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    words = replace_command(lab, runs["jet"], tmp_path / "out", model=base, layers="1-2")
     code, result, err = call(words, monkeypatch, capsys)
     assert code == 0, err
-    warned, opt = [], tmp_path / "out" / "opt"
     monkeypatch.setattr(transformers.configuration_utils.logger, "warning", warned.append)
     assert {t.dtype for t in load_file(opt / "model.safetensors").values()} == {torch.bfloat16}
-    code, scores, err = call(command("eval.py", model=opt, task=lab / "test.jsonl"), monkeypatch,
-                             capsys)
+    _, scores, _ = call(command("eval.py", model=opt, task=lab / "test.jsonl"), monkeypatch, capsys)
     assert scores["results"][0]["value"] == result["opt"]["test"] and not warned
     card = (opt / "README.md").read_text()
-    for text in (f"Layers [1, 2] of `{tmp_path / 'base'}`", "(n = 24)", "(n = 16)", "2601.11667",
+    for text in (f"Layers [1, 2] of `{base}`", "(n = 24)", "(n = 16)", "2601.11667",
                  f"| {result['opt']['test']:.4f} +- ", f"{result['test_base']:.4f} +- ",
                  "python distill.py --model", " ".join(map(str, words)), "trust_remote_code=True",
                  transformers.__version__, "corpus.jsonl (4,096 tokens)", "continuous batching"):
@@ -3170,11 +3149,10 @@ def test_strategies_on_one_journal(lab, runs, tmp_path, monkeypatch, capsys):
 
 def test_linear_probes():
     """Without it, the solver could stop early, or a constant channel could drown the others."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    labels = torch.arange(90) % 3
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0),
+                             dtype=torch.float64)
+    labels, fit, rest = torch.arange(90) % 3, slice(45), slice(45, 90)
     states = F.one_hot(labels, 3).double() @ draw(3, 8) + 0.1 * draw(90, 8)
-    fit, rest = slice(45), slice(45, 90)
     probe = replace.fit_probe(states[fit], labels[fit], 3)
     assert torch.equal(probe(states[rest]).argmax(-1), labels[rest])
     mean, spread = states[fit].mean(0), states[fit].std(0, correction=0)
@@ -3183,9 +3161,9 @@ def test_linear_probes():
     gradient = ((states[fit] - mean) / spread).T @ errors + weight              # of loss and L2
     assert gradient.abs().max() < 1e-5 and errors.sum(0).abs().max() < 1e-5
     constant = torch.cat([states, torch.full((90, 2), 0.3, dtype=torch.float64)], 1)
-    moved = constant + torch.tensor([0.0] * 8 + [1e-6, 0.0])
     probe = replace.fit_probe(constant[fit], labels[fit], 3)
-    assert torch.equal(probe(moved[rest]).argmax(-1), labels[rest])
+    constant[:, 8] += 1e-6
+    assert torch.equal(probe(constant[rest]).argmax(-1), labels[rest])
     assert replace.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert replace.spearman([1, 2, 2, 4], [4, 3, 2, 1]) == pytest.approx(-0.9486832980505138)
     assert replace.spearman([1, 1], [1, 2]) is None
