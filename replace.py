@@ -547,7 +547,7 @@ def run_search(args):
         "steps": steps}
     if impact:
         result |= {"impact": impact, "spearman": correlation_with_greedy(impact, scores)}
-    result |= {"n": {name: scores.rows(name, [()])[0]["n"] for name in splits},
+    result |= {"n": {name: len(split.docs) for name, split in splits.items()},
                "model": args.model, "blocks": args.blocks,
                "attn": read_run(args.blocks.split(",")[0])["attn"]}
     result["cost"] = {"seconds": time.perf_counter() - began, **scores.cost(),
