@@ -294,6 +294,28 @@ def add_up(tensor):
     return tensor
 
 
+def search_documents(args):
+    """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
+    task file came without --test}) of replace.py's flags. Raises UserError."""
+    task = find_task(args.task, args)
+    metric = check_metric(task, args.metric)
+    if args.test and (task.hub or args.task in DEMO_TASKS):
+        raise UserError("--test goes with a --task that is a file; a named task has its own.")
+    if task.hub:
+        searched, reported, notes = split_docs(task, args.docs, args.test_docs, args.seed,
+                                               args.search_size, args.paper_splits)
+        for note in notes:
+            log(f"{task.name}: {note}")
+        return task, metric, {"validation": searched, "test": reported}
+    files = {"validation": args.task, "test": args.test}
+    if args.task in DEMO_TASKS:
+        files = {split: demo_file(args.task, split) for split in files}
+    found = {split: file_task(path) for split, path in files.items() if path}
+    if any(other is not task for other, _ in found.values()):
+        raise UserError(f"{args.test} and {args.task} are not items of one kind.")
+    return task, metric, {split: docs for split, (_, docs) in found.items()}
+
+
 # ------------------------------------------------------------------------------------------------
 # Models
 

@@ -5,190 +5,129 @@
     python replace.py --model M --blocks runs/gdn --task val.jsonl --layers 4,8,12 --out runs/l
     python replace.py --benchmark               # hours of both phases at the paper's size, on a GPU
 
-Round by round, every layer that is still softmax attention is tried as its distilled linear module;
-the layer whose replacement scores best on the validation split stays replaced. M_opt is the last
-model that keeps P_min (by default 95 % of the base model's score), M_best the one with the best
-score on the way. Both are scored on the test split, once, and saved as ordinary checkpoints:
-
-    AutoModelForCausalLM.from_pretrained("OUT/opt", trust_remote_code=True)
-
-Every evaluation is on disk (OUT/search.jsonl) before the next begins: run the same command again
-after an interruption, and it goes on. The last line on stdout is the result as one JSON object.
+In every round, each layer that is still softmax attention is tried as its distilled linear module,
+and the layer with the best score on the validation split stays replaced. M_opt is the last model
+whose score reaches P_min (by default 95 % of the base model's), M_best the one with the highest
+score. Both are scored on the test split, once, and saved as ordinary checkpoints in OUT/opt and
+OUT/best. Every evaluation is on disk (OUT/search.jsonl) before the next begins, so the same command
+continues an interrupted search. The last line on stdout is the result as one JSON object.
 """
 
 import collections
-import contextlib
-import functools
 import json
-import math
 import os
 import random
 import shutil
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 from distill import (
     load_blocks, make_mixers, make_optimizers, peak_memory, read_run, teacher_forward, train_step)
+from eval import DEMO, demo_text, demo_tokenizer, make_demo
 from eval import (
-    CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
-    add_task_flags, answer_hybrids, attention_modules, check_metric, command_line, demo_file,
-    demo_text, demo_tokenizer, digest, dtype_to_save, evaluate_hybrids, even_batches, file_task,
-    find_device, find_task, fingerprint, finish, gather, join_ranks, layers_can_be_shared,
-    load_model, lock_dir, log, make_demo, make_output_dir, pad, parse_layers, positive, prepare,
-    progress, rank, run_script, split_docs, versions, world_size, write_atomic, write_json)
+    evaluate_hybrids, fingerprint, gather, load_model, lock_dir, log, prepare, progress, rank,
+    search_documents, versions, write_json)
 from kernels import measured_limits
-from linear_attn import KNOWN, check_savable, replaced, save_hybrid
-import transformers     # after eval, which says plainly what is wrong where it cannot be imported
+from linear_attn import KNOWN, UserError, attention_modules, check_savable, replaced, save_hybrid
+import transformers     # after eval, whose message helps where transformers cannot be imported
 
 SLACK = 1e-9        # scores are fractions of counts: equal counts must compare as equal
 
 
 # ------------------------------------------------------------------------------------------------
-# Algorithm 1
+# Algorithm 1. A model M is represented by the tuple of its linear layers
 
-@dataclass
-class Step:
-    """One round of the search: what it replaced, and how close the decision was."""
-    layers: tuple                       # all linear layers after this step
-    score: float
-    layer: int | None                   # the one layer that is new; None if the sets do not nest
-    runner_up: int | None = None
-    runner_up_score: float | None = None
-    runner_up_layers: tuple | None = None
-    ties: int = 0                       # other candidates with the same score
+# One round: the model it chose, its score, the layer that is new (None if a layer of the last round
+# is not kept), and {layers: score} of all candidates.
+Step = collections.namedtuple("Step", "layers score layer scores")
+Search = collections.namedtuple("Search", "p_base p_min steps best opt")
 
 
-@dataclass
-class Search:
-    """What Algorithm 1 returns, and the way it took."""
-    p_base: float
-    p_min: float
-    steps: list = field(default_factory=list)
-    best: tuple = ()
-    opt: tuple = ()
+def each_full_layer(num_layers, model):
+    """The candidates of Algorithm 1: `model` with one more of its full layers replaced."""
+    return [(*model, layer) for layer in range(num_layers) if layer not in model]
 
 
-def every_full_layer(num_layers, current):
-    """The candidates of a round of Algorithm 1: each layer still full, replaced."""
-    return [current + (layer,) for layer in range(num_layers) if layer not in current]
+def first_maximum(scores):
+    """(argmax, max) of {layers: P}. The first of equal scores wins: ties go to the lowest layer."""
+    lowest = max(scores.values()) - SLACK
+    return next((layers, score) for layers, score in scores.items() if score >= lowest)
 
 
-def greedy(score, num_layers, max_drop=0.05, p_min=None, run_all=False,
-           report=lambda step: None, candidates=every_full_layer, budget=None):
-    """Algorithm 1. score([(layers), ...]) -> [P of the model with those layers linear, ...].
+def greedy(evaluate, num_layers, max_drop=0.05, p_min=None, run_all=False, budget=None,
+           candidates=each_full_layer, on_step=lambda step: None):
+    """Algorithm 1. evaluate([layers, ...]) -> [P of the model with those layers linear, ...].
 
-    P_min is `p_min`, or (1 - max_drop) P(base). With `run_all` the rounds go on, for the curve,
-    until no full layer is left; what is returned as best and opt stays what Algorithm 1 returns.
-    `budget` ends the search after so many layers. Other strategies have other `candidates`.
+    P_min is `p_min`, or (1 - max_drop) P(full model). With `run_all` the rounds continue after the
+    stop, for the curve, and M_best and M_opt stay as they are. The search also ends after `budget`
+    layers. Other strategies have other `candidates`. on_step(Step) is called after each round.
     """
-    p_base = score([()])[0]                                         # M = M_best = M_opt = M_full
-    search = Search(p_base, (1 - max_drop) * p_base if p_min is None else p_min)
-    current, p_best, stopped = (), p_base, False
-    while len(current) < min(num_layers, budget or num_layers):
-        tried = candidates(num_layers, current)
-        step = first_maximum(current, tried, score(tried))                  # P*, l*
-        current = step.layers
-        search.steps.append(step)
-        report(step)
-        if not stopped and step.score >= p_best - SLACK:                    # if P* >= P_best:
-            search.best, p_best = current, step.score                       #   M_best = M*
-        if not stopped and step.score >= search.p_min - SLACK:              # if P* >= P_min:
-            search.opt = current                                            #   M = M_opt = M*
-        else:                                                               # else stop
+    model = best = opt = ()                                 # M = M_best = M_opt = full model
+    p_best = p_base = evaluate([model])[0]                  # P_best = P(M)
+    p_min = (1 - max_drop) * p_base if p_min is None else p_min
+    steps, stopped = [], False
+    while len(model) < min(num_layers, budget or num_layers):
+        tried = candidates(num_layers, model)               # for each layer still full in M:
+        scores = dict(zip(tried, evaluate(tried)))          #     P_l = P(M with it replaced)
+        star, p_star = first_maximum(scores)                # (P*, l*) = the first maximum
+        steps.append(Step(star, p_star, star[-1] if star[:-1] == model else None, scores))
+        on_step(steps[-1])
+        model = star
+        if not stopped and p_star >= p_best - SLACK:        # if P* >= P_best:
+            best, p_best = model, p_star                    #     M_best, P_best = that model, P*
+        if not stopped and p_star >= p_min - SLACK:         # if P* >= P_min:
+            opt = model                                     #     M = M_opt = that model
+        else:                                               # else stop
             stopped = True
             if not run_all:
                 break
-    return search
-
-
-def first_maximum(current, tried, scores):
-    """The Step to the first candidate that attains the maximum (strict >, so the lowest layer wins
-    ties), with the first that comes next."""
-    def first(indices):
-        top = indices[0]
-        for i in indices:
-            top = i if scores[i] > scores[top] + SLACK else top
-        return top
-
-    def new_layer(layers):
-        new = set(layers) - set(current)
-        return new.pop() if len(new) == 1 and len(layers) == len(current) + 1 else None
-
-    top = first(range(len(tried)))
-    step = Step(tried[top], scores[top], new_layer(tried[top]))
-    rest = [i for i in range(len(tried)) if i != top]
-    if rest:
-        second = first(rest)
-        step.runner_up, step.runner_up_layers = new_layer(tried[second]), tried[second]
-        step.runner_up_score = scores[second]
-        step.ties = sum(scores[i] >= step.score - SLACK for i in rest)
-    return step
+    return Search(p_base, p_min, steps, best, opt)
 
 
 # ------------------------------------------------------------------------------------------------
-# The other strategies of Figure 4 and Table 4: the same search with one candidate a round
+# The other strategies of Figure 4 and Table 4: the same loop with one candidate a round
 
 def in_order(order):
-    """Candidates of a strategy that fixes its order beforehand."""
-    return lambda num_layers, current: [current + (order[len(current)],)]
+    """Candidates of a strategy that ranks the layers once, before the first round."""
+    return lambda num_layers, model: [(*model, order[len(model)])]
 
 
-def uniform(num_layers, current):
+def uniform(num_layers, model):
     """Uniform interleaving: K layers evenly spaced. The sets of successive K do not nest."""
-    k = len(current) + 1
+    k = len(model) + 1
     return [tuple(int((i + 0.5) * num_layers / k) for i in range(k))]
 
 
-def local_order(score, num_layers):
-    """Local importance: rank once, by the drop when a layer alone is replaced in the base model."""
-    scores = score([(layer,) for layer in range(num_layers)])
-    return sorted(range(num_layers), key=lambda layer: (-round(scores[layer] / SLACK), layer))
-
-
-def random_order(num_layers, seed):
-    return random.Random(seed).sample(range(num_layers), num_layers)
-
-
 # ------------------------------------------------------------------------------------------------
-# The impact score of section 4.3: do the linear module's states carry the label as the full ones do?
+# The impact score of section 4.3: do the linear module's states hold the label as the full ones do?
 
-@torch.no_grad()
 def pooled_outputs(model, mixers, prepared):
-    """Mean over the prompt's tokens of every layer's attention output, of the full module and of
+    """Mean over each prompt's tokens of every layer's attention output, of the full module and of
     the linear one on the same hidden states: {layer: (full [N, C], linear [N, C])}, fp64."""
-    prompts = []
-    for numbers in prepared.of_doc:
-        request = prepared.requests[numbers[0]]
-        prompts.append(request.tokens[: len(request.tokens) - request.scored])
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    pooled = {layer: ([None] * len(prompts), [None] * len(prompts)) for layer in mixers}
-    batches = even_batches(order, prepared.batch_size)
-    for rows in progress(batches, desc="states", unit="batch", leave=False):
-        ids, real = pad([prompts[i] for i in rows], left=False)
+    means = {layer: [] for layer in mixers}
 
-        def visit(layer, hidden_states, full):
-            states = full, mixers[layer](hidden_states)[0]                  # [B, T, C] each
-            for into, state in zip(pooled[layer], states):
-                weight = real.to(state.device, torch.float64, non_blocking=True)
-                weight = weight.unsqueeze(-1)                                   # [B, T, 1]
-                means = (state.double() * weight).sum(1) / weight.sum(1)        # [B, C]
-                for i, mean in zip(rows, means):
-                    into[i] = mean
-        teacher_forward(model, ids, sorted(mixers), visit)
-    return {layer: tuple(torch.stack(states).cpu() for states in both)
-            for layer, both in pooled.items()}
+    def visit(layer, hidden_states, full):
+        linear = mixers[layer](hidden_states)[0]                                # [1, T, C]
+        means[layer].append(torch.cat([full, linear]).double().mean(1).cpu())   # [2, C]
+
+    for numbers in progress(prepared.of_doc, desc="states", unit="prompt", leave=False):
+        request = prepared.requests[numbers[0]]
+        prompt = request.tokens[: len(request.tokens) - request.scored]
+        teacher_forward(model, torch.tensor([prompt]), sorted(mixers), visit)
+    return {layer: torch.stack(both, 1).unbind() for layer, both in means.items()}
 
 
 def fit_probe(states, labels, num_classes):
     """A linear probe: multinomial logistic regression, L2 of strength 1, by L-BFGS in fp64, on
-    states [N, C] standardised by their own mean and spread -> accuracy(states, labels)."""
+    states [N, C] standardised by their mean and spread -> logits(states) [N, num_classes]."""
     mean, spread = states.mean(0), states.std(0, correction=0)
-    spread = torch.where(spread > 1e-9 * mean.abs(), spread, 1.0)       # a channel that is constant
+    spread = torch.where(spread > 1e-9 * mean.abs(), spread, 1.0)       # a channel may be constant
     weight = torch.zeros(states.shape[1] + 1, num_classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12,
                                line_search_fn="strong_wolfe")
@@ -204,29 +143,26 @@ def fit_probe(states, labels, num_classes):
         return loss
 
     solver.step(closure)
-    return lambda x, y: (logits(x).argmax(-1) == y).double().mean().item()
+    return logits
 
 
 def impact_scores(model, mixers, prepared, seed):
     """{layer: {"A_full", "A_linear", "A_cross", "impact"}}, impact = 1 - (A_linear + A_cross) /
     (2 A_full). Probes are fitted on one seeded half of the documents and scored on the other."""
-    task = prepared.task
-    labels = [task.right(doc) if task.choices else None for doc in prepared.docs]
-    if not all(isinstance(label, int) for label in labels):
-        raise UserError(f"--order impact needs a right choice in every document; {task.name} has "
-                        "some without.")
-    if len(labels) < 4:
-        raise UserError(f"--order impact cuts the documents into two halves, and {len(labels)} are "
-                        "too few: search on more.")
-    order = random.Random(seed).sample(range(len(labels)), len(labels))
-    fit, rest = (sorted(half) for half in (order[: len(order) // 2], order[len(order) // 2:]))
+    task, docs = prepared.task, prepared.docs
+    labels = [task.right(doc) if task.choices else None for doc in docs]
+    if len(docs) < 4 or not all(isinstance(label, int) for label in labels):
+        raise UserError("--order impact needs at least 4 documents, each with a right choice; "
+                        f"{task.name} has {len(docs)}, or has documents without one.")
+    order = random.Random(seed).sample(range(len(docs)), len(docs))
+    fit, rest = sorted(order[: len(order) // 2]), sorted(order[len(order) // 2:])
     labels, num_classes, scores = torch.tensor(labels), max(labels) + 1, {}
     pooled = pooled_outputs(model, mixers, prepared)
     for layer, (full, linear) in progress(pooled.items(), desc="probes", unit="layer", leave=False):
-        on_full = fit_probe(full[fit], labels[fit], num_classes)
-        on_linear = fit_probe(linear[fit], labels[fit], num_classes)
-        a_full, a_linear, a_cross = (probe(states[rest], labels[rest]) for probe, states in (
-            (on_full, full), (on_linear, linear), (on_full, linear)))
+        on_full, on_linear = (fit_probe(x[fit], labels[fit], num_classes) for x in (full, linear))
+        a_full, a_linear, a_cross = (
+            (logits.argmax(-1) == labels[rest]).double().mean().item()
+            for logits in (on_full(full[rest]), on_linear(linear[rest]), on_full(linear[rest])))
         if a_full == 0:
             raise FloatingPointError(f"layer {layer}: the full module's probe is never right, so "
                                      "the impact score has no value; search on more documents")
@@ -237,275 +173,187 @@ def impact_scores(model, mixers, prepared, seed):
 
 def spearman(x, y):
     """Rank correlation; equal values share their mean rank. None where one side does not vary."""
-    ranks = [np.array([(sum(b < a for b in z) + sum(b <= a for b in z)) / 2 for a in z])
-             for z in (x, y)]
-    if any(r.std() == 0 for r in ranks):
+    ranks = [[sum(b < a for b in z) + sum(b <= a for b in z) for a in z] for z in (x, y)]
+    if any(len(set(r)) < 2 for r in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 # ------------------------------------------------------------------------------------------------
-# Scores of hybrids: nothing is evaluated twice
+# Scores of hybrids: none is evaluated twice
 
-class Journal:
-    """search.jsonl: the settings' fingerprint, then one line per evaluation, on disk before the
-    next round begins. A line cut off by a kill is dropped. Raises UserError for other settings."""
+def spelled(row):
+    """The numbers of a result as one line for people."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:,.5g}" for key, value in row.items()
+                     if isinstance(value, (int, float)))
 
-    def __init__(self, path, settings):
-        self.path, self.rows = path, {}
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if lines:
-            header, *rows = map(json.loads, lines)
-            changed = [k for k in settings if header.get(k) != settings[k]]
-            if changed:
-                raise UserError(f"{path} was written by another search (other: "
-                                f"{', '.join(changed)}); give another --out.")
-            self._remember(rows)
+
+class Scores:
+    """Scores of a model's hybrids by split and linear layers. The journal (search.jsonl) holds the
+    settings and then a line per evaluation, on disk before the next evaluation begins."""
+
+    def __init__(self, journal, model, mixers, splits, metric, args):
+        """Read the journal of an earlier run, without a last line that a kill cut off. Raises
+        UserError if that run had other settings."""
+        self.journal, self.model, self.mixers, self.splits = journal, model, mixers, splits
+        self.metric, self.allow_code, self.asked = metric, args.allow_code_execution, set()
+        settings = {
+            "model": fingerprint(model),
+            "blocks": fingerprint(torch.nn.ModuleList(mixers.values())),
+            "items": {name: split.fingerprint() for name, split in splits.items()},
+            "metric": metric, "dtype": str(model.dtype), "device": model.device.type,
+            "batch_size": args.batch_size, "limit": args.limit, "whole": args.whole,
+            "versions": versions()}
+        lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+        header, *rows = map(json.loads, lines) if lines else [settings]
+        changed = [key for key in settings if header.get(key) != settings[key]]
+        if changed:
+            raise UserError(f"{journal} was written by another search (other: "
+                            f"{', '.join(changed)}); give another --out.")
         if rank() == 0:
-            whole = b"".join(line + b"\n" for line in lines) or _line(settings)
-            write_atomic(path, lambda p: p.write_bytes(whole))
-        self._remember(gather(list(self.rows.values()))[0])     # nodes may not share their disks
+            evaluation.write_atomic(journal, lambda path: path.write_text(
+                "".join(line + "\n" for line in lines or [json.dumps(settings)])))
+        rows = gather(rows)[0]                          # nodes may not share a disk
+        self.known = {(row["split"], tuple(row["layers"])): row for row in rows}
+        can_share = evaluation.layers_can_be_shared(model, splits["validation"], mixers)
+        self.plain = args.plain or not can_share
+        if not can_share:
+            log(f"{type(model).__name__}: a layer reads more of the lower layers than their hidden "
+                "states, so all layers run for every candidate.")
 
-    def _remember(self, rows):
-        self.rows |= {(row["split"], tuple(row["layers"])): row for row in rows}
-
-    def add(self, rows):
-        if rank() == 0:
-            with open(self.path, "ab") as file:
-                file.write(b"".join(map(_line, rows)))
-                file.flush()
-                os.fsync(file.fileno())
-        self._remember(rows)
-
-
-def _line(row):
-    return json.dumps(row).encode() + b"\n"
-
-
-class Scorer:
-    """P of hybrids on the splits of a task, remembered in the journal."""
-
-    def __init__(self, model, mixers, splits, metric, journal, allow_code=False, plain=False):
-        self.model, self.mixers, self.splits = model, mixers, splits
-        self.metric, self.journal, self.allow_code = metric, journal, allow_code
-        self.asked = set()              # of the validation split
-        self.plain = plain
-        if not plain and not layers_can_be_shared(model, splits["validation"], mixers):
-            log(f"{type(model).__name__}: its layers take more from those below than hidden states, "
-                "so every candidate is run whole (--plain).")
-            self.plain = True
-
-    def rows(self, split, layer_sets, bar=None):
-        """The journal's rows of some layer sets on one split; those that are not there yet are
-        evaluated together."""
+    def rows(self, split, layer_sets):
+        """The journal's row of each layer set on one split. Sets that it lacks are evaluated
+        together, so that they share their common lower layers."""
         layer_sets = [tuple(sorted(layers)) for layers in layer_sets]
-        new = [s for s in dict.fromkeys(layer_sets) if (split, s) not in self.journal.rows]
+        new = [s for s in dict.fromkeys(layer_sets) if (split, s) not in self.known]
         if new:
-            began, cost = time.perf_counter(), collections.Counter()
-            scores = evaluate_hybrids(
-                self.model, self.splits[split], self.mixers, new, self.metric, self.allow_code,
-                self.plain, cost, bar)
+            prepared, cost, began = self.splits[split], collections.Counter(), time.perf_counter()
+            total = len(new) * len(prepared.batches[rank()::evaluation.world_size()])
+            with progress(total=total, desc=f"{len(new)} hybrids", leave=False) as bar:
+                scores = evaluate_hybrids(self.model, prepared, self.mixers, new, self.metric,
+                                          self.allow_code, self.plain, cost, bar)
             seconds = (time.perf_counter() - began) / len(new)
-            self.journal.add(gather(scores and [
+            rows = gather(scores and [
                 {"split": split, "layers": list(layers), "score": score.mean(),
                  "stderr": score.stderr(), "n": score.n, "seconds": round(seconds, 4),
                  "layer_tokens": cost["run"] / len(new), "plain": cost["plain"] / len(new),
                  "items": [item[self.metric] for item in score.items]}
-                for layers, score in zip(new, scores)])[0])
-        return [self.journal.rows[split, layers] for layers in layer_sets]
+                for layers, score in zip(new, scores)])[0]
+            if rank() == 0:
+                with open(self.journal, "a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                    file.flush()
+                    os.fsync(file.fileno())
+            self.known |= {(split, layers): row for layers, row in zip(new, rows)}
+        return [self.known[split, layers] for layers in layer_sets]
 
-    def validation(self, layer_sets, bar=None):
-        """P on the validation split for each layer set: what Algorithm 1 maximises."""
+    def validation(self, layer_sets):
+        """P on the validation split of each layer set: what Algorithm 1 maximises."""
         self.asked.update(tuple(sorted(layers)) for layers in layer_sets)
-        return [row["score"] for row in self.rows("validation", layer_sets, bar)]
+        return [row["score"] for row in self.rows("validation", layer_sets)]
 
-    def remembered(self, layer_sets):
-        """The same from the journal alone; KeyError if it has not all of them."""
-        return [self.journal.rows["validation", tuple(sorted(layers))]["score"]
-                for layers in layer_sets]
-
-    def statistics(self, step):
-        """A step of the search with standard errors: of its score, and of the paired difference to
-        the runner-up, item by item; `flipped` counts the items that the two judge differently."""
+    def record(self, step):
+        """The step as result.json has it, with the standard errors of its score and of the
+        difference to the runner-up, paired by item. `flipped` items are right in one of these two
+        models only."""
         row, = self.rows("validation", [step.layers])
-        record = {**asdict(step), "layers": sorted(step.layers), "stderr": row["stderr"],
-                  "difference": None, "difference_stderr": None, "flipped": None}
-        record.pop("runner_up_layers")
-        if step.runner_up_layers is not None:
-            other, = self.rows("validation", [step.runner_up_layers])
+        found = {"layers": sorted(step.layers), "score": step.score, "layer": step.layer,
+                 "runner_up": None, "runner_up_score": None, "ties": 0, "stderr": row["stderr"],
+                 "difference": None, "difference_stderr": None, "flipped": None}
+        rivals = {layers: p for layers, p in step.scores.items() if layers != step.layers}
+        if rivals:
+            second, p_second = first_maximum(rivals)
+            other, = self.rows("validation", [second])
             gaps = np.array(row["items"], float) - np.array(other["items"], float)
-            record |= {"difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
-                       "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
-        return record
+            found |= {"runner_up": second[-1], "runner_up_score": p_second,
+                      "ties": sum(p >= step.score - SLACK for p in rivals.values()),
+                      "difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
+                      "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
+        log(f"{len(step.layers)} linear: {spelled(found)}")
+        return found
 
     def final(self, layers):
-        """{"layers", "validation", "test"} of one model, for result.json, with standard errors and
-        the gap from validation to test."""
-        result = {"layers": sorted(layers), "test": None, "gap": None}
+        """M_best or M_opt for result.json, with the gap from validation to test."""
+        found = {"layers": sorted(layers), "test": None, "gap": None}
         for split in self.splits:
             row, = self.rows(split, [layers])
-            result[split], result[f"{split}_stderr"] = row["score"], row["stderr"]
-        if result["test"] is not None:
-            result["gap"] = result["validation"] - result["test"]
-        return result
+            found[split], found[f"{split}_stderr"] = row["score"], row["stderr"]
+        if found["test"] is not None:
+            found["gap"] = found["validation"] - found["test"]
+        return found
 
     def cost(self):
-        """What the validation scores that were asked for have cost, in this run or before."""
-        rows = [self.journal.rows["validation", layers] for layers in self.asked]
+        """Cost of the validation scores that this run used, even if an earlier run paid it."""
+        rows = [self.known["validation", layers] for layers in self.asked]
         run, plain = (round(sum(row[k] for row in rows)) for k in ("layer_tokens", "plain"))
         return {"search_seconds": sum(row["seconds"] for row in rows), "evaluations": len(rows),
                 "layer_tokens": run, "plain_layer_tokens": plain, "saved": 1 - run / plain}
 
 
 # ------------------------------------------------------------------------------------------------
-# What a search leaves behind
+# The hybrid as a checkpoint with its model card
 
-@contextlib.contextmanager
-def held_in(model, dtype):
-    """Within the block the model's parameters are rounded to `dtype`, but for those that
-    transformers keeps in fp32. Lossless where they are wider copies of such numbers."""
-    kept, before = model._keep_in_fp32_modules_strict or (), model.dtype
-    rounded = [parameter for name, parameter in model.named_parameters()
-               if parameter.dtype == before and not any(part in name for part in kept)]
-    for parameter in rounded:
-        parameter.data = parameter.data.to(dtype)
-    try:
-        yield
-    finally:
-        for parameter in rounded:
-            parameter.data = parameter.data.to(before)
-
-
-def save_checkpoint(model, mixers, layers, tokenizer, path, dtype, card):
-    """The hybrid with `layers` linear as a checkpoint in `dtype` at `path`, with its model card,
-    whole or not at all."""
-    building = path.with_name(f".{path.name}.tmp")
+def save_model(scores, layers, tokenizer, path, dtype, result):
+    """Save the hybrid with `layers` linear; a kill leaves the old directory or the new one. Numbers
+    are stored in `dtype`, but for those that transformers keeps in fp32; that loses nothing, since
+    a wider model was loaded from `dtype`."""
+    model, building = scores.model, path.with_name(f".{path.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
-    with replaced(model, mixers, layers), held_in(model, dtype):
+    with replaced(model, scores.mixers, layers):
+        kept, before = model._keep_in_fp32_modules_strict or (), model.dtype
+        cast = [parameter for name, parameter in model.named_parameters()
+                if parameter.dtype == before and not any(part in name for part in kept)]
+        for parameter in cast:
+            parameter.data = parameter.data.to(dtype)
         save_hybrid(model, building, tokenizer)
-    (building / "README.md").write_text(card, encoding="utf-8")
+        for parameter in cast:
+            parameter.data = parameter.data.to(before)
+    (building / "README.md").write_text(model_card(scores, layers, result), encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
     os.replace(building, path)
 
 
-CARD = """---
+def model_card(scores, layers, result):
+    """README.md of the hybrid with `layers` linear, with its scores beside the base model's."""
+    base, task = result["model"], result["task"]
+    runs = [read_run(run) for run in result["blocks"].split(",")]
+    data = "; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs))
+    commands = "\n".join([*(run.get("command", "") for run in runs), evaluation.command_line()])
+
+    def cells(found):
+        return " | ".join(f"{found[split]:.4f} +- {found[f'{split}_stderr']:.4f} (n = {n})"
+                          for split, n in result["n"].items())
+    return f"""---
 library_name: transformers
-pipeline_tag: text-generation
 tags: [distill-then-replace, linear-attention]
-{base_model}---
-# {name}: {replaced} of {total} attention layers linear, for {task}
+{"" if Path(base).exists() else f"base_model: {base}"}
+---
+# {Path(base).name} with linear attention, for {task}
 
-Layers {layers} of `{model}` are linear attention ({attn}) in place of softmax attention; all else
-is the base model's. Made by Distill-then-Replace: each linear layer was distilled alone to give
-what the attention layer gives, on {data}; which layers are linear was decided on the validation split of
-`{task}`, by replace.py below. It is meant for that task; on others it is not tested.
+Layers {layers} of `{base}`, which has {len(attention_modules(scores.model))}, are linear attention
+({result["attn"]}), made by Distill-then-Replace (arXiv:2601.11667). Each was distilled alone
+on {data}; the validation split of `{task}` decided which ones are linear.
 
-| {metric} +- standard error | {splits} |
-|---|{rule}
-{rows}
+| {result["metric"]} +- standard error | {" | ".join(result["n"])} |
+|---|{"---|" * len(result["n"])}
+| base | {cells(scores.final(()))} |
+| this model | {cells(scores.final(layers))} |
 
-## Load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
-```
-
-Known to load with transformers {known}; made with {made}. Batches, left padding, beams, sampling,
-the cache and fine-tuning work as with the base. It is not for: assisted decoding and prompt lookup
-(they roll the cache back), static caches, continuous batching (`generate_batch`), tensor
-parallelism, flex attention.
-
-## How it was made
+Load it with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, and its
+tokenizer with `AutoTokenizer` in the same way. It works with transformers {KNOWN} and was made
+with {transformers.__version__}. It is not for assisted decoding, prompt lookup, static caches,
+continuous batching (`generate_batch`), tensor parallelism or flex attention. How it was made:
 
 ```
 {commands}
 ```
-
-```bibtex
-@misc{{distill-then-replace, title={{Distill-then-Replace}}, eprint={{2601.11667}},
-      archivePrefix={{arXiv}}, year={{2026}}, url={{https://arxiv.org/abs/2601.11667}}}}
-```
 """
 
 
-def model_card(result, name, scorer):
-    """README.md of the checkpoint result[name], with its scores beside the base model's."""
-    layers, runs = result[name]["layers"], [read_run(run) for run in result["blocks"].split(",")]
-
-    def row(title, layers):
-        found = [scorer.rows(split, [layers])[0] for split in scorer.splits]
-        return f"| {title} | " + " | ".join(
-            f"{r['score']:.4f} +- {r['stderr']:.4f} (n = {r['n']})" for r in found) + " |"
-    hub = not Path(result["model"]).exists()
-    return CARD.format(
-        **{key: result[key] for key in ("model", "task", "metric", "attn")}, layers=layers,
-        base_model=f"base_model: {result['model']}\n" if hub else "", replaced=len(layers),
-        name=Path(result["model"]).name, total=len(attention_modules(scorer.model)),
-        data="; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs)),
-        splits=" | ".join(scorer.splits), rule="---|" * len(scorer.splits),
-        rows=row("base", ()) + "\n" + row("this model", layers), known=KNOWN,
-        made=transformers.__version__,
-        commands="\n".join([run.get("command", "(not recorded)") for run in runs] + [command_line()]))
-
-
-def plot_search(result, path):
-    """search.png: validation score against the number of linear layers."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    scores = [result["p_base"], *result["validation"]]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(len(scores)), scores, "o-", color="tab:blue", label=result["strategy"])
-    axes.axhline(result["p_base"], color="gray", linewidth=1, label="base")
-    axes.axhline(result["p_min"], color="gray", linewidth=1, linestyle="--", label="P_min")
-    for count, step in enumerate(result["steps"], 1):
-        text = f"{count} of {count}" if step["layer"] is None else f"+{step['layer']}"
-        axes.annotate(text, (count, scores[count]), xytext=(0, -14), ha="center",
-                      textcoords="offset points", fontsize=8)
-    for name, marker, size in (("best", "*", 18), ("opt", "s", 11)):
-        axes.plot(len(result[name]["layers"]), result[name]["validation"], marker, markersize=size,
-                  markerfacecolor="none", color="tab:red", label=f"M_{name}")
-    axes.set_xlabel("linear layers (the layer that each step replaced)")
-    axes.set_ylabel(f"{result['metric']}, validation (n = {result['n']['validation']})")
-    axes.set_title(f"{Path(result['task']).stem}: {result['strategy']} replacement")
-    axes.margins(y=0.15)
-    axes.legend()
-    write_atomic(path, lambda p: figure.savefig(p, dpi=150, format="png"))
-    pyplot.close(figure)
-
-
-def report_step(scorer, step):
-    """One line: what was replaced, its score, and how close the decision was."""
-    record = scorer.statistics(step)
-    name = f"layer {step.layer}" if step.layer is not None else f"layers {list(step.layers)}"
-    line = f"{len(step.layers)} linear: {name}, validation {step.score:.4f} +- {record['stderr']:.4f}"
-    if step.runner_up_layers is not None:
-        line += (f", runner-up layer {step.runner_up} with {step.runner_up_score:.4f}, margin "
-                 f"{record['difference']:+.4f} +- {record['difference_stderr']:.4f}, "
-                 f"{step.ties} ties, {record['flipped']} items flipped")
-    log(line)
-
-
 # ------------------------------------------------------------------------------------------------
-# What both phases cost at the paper's size. Random weights: no download, and no meaning in a score
+# Hours of both phases at the paper's size. Weights are random, so that nothing is downloaded
 
-QWEN_1_5B = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                 num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)
-TINY = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
-PAPER_TOKENS, PAPER_HOURS = 100_000_000, 2.5        # of an A800, for each of the two phases
-
-
-def random_model(size, device, dtype, seed):
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(**size, bos_token_id=None, eos_token_id=None)
-    with device:
-        model = transformers.Qwen2ForCausalLM(config)
-    return model.to(dtype).eval().requires_grad_(False)
+PAPER_TOKENS, PAPER_ITEMS = 100_000_000, 500
 
 
 def linear_flops(module):
@@ -513,311 +361,229 @@ def linear_flops(module):
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
-def time_distillation(model, mixers, batch, steps):
-    """Hours for the paper's tokens at the speed of train_step on batch [B, T], after a warm-up.
-    FLOPs: the teacher's forward, the students' forward and twice as much backwards."""
-    optimizers = make_optimizers(mixers)
+def time_distillation(model, mixers, batch):
+    """Hours for the paper's tokens at the speed of train_step on batch [B, T]. FLOPs: the teacher's
+    forward, the students' forward and twice as much backwards."""
+    optimizers, times = make_optimizers(mixers), []
+    for _ in range(22):                                     # the first two are a warm-up
+        losses = train_step(model, mixers, optimizers, batch, 1e-4)
+        float(losses[max(losses)])                          # waits for the device
+        times.append(time.perf_counter())
+    rate = 20 * batch.numel() / (times[-1] - times[1])
     flops = linear_flops(model.get_decoder()) + 3 * sum(map(linear_flops, mixers.values()))
-    for _ in range(2):
-        train_step(model, mixers, optimizers, batch, 1e-4)
-    began = clock(model.device)
-    for _ in progress(range(steps), desc="distill", unit="step", leave=False):
-        train_step(model, mixers, optimizers, batch, 1e-4)
-    per_second = steps / (clock(model.device) - began)
-    return {"hours": PAPER_TOKENS / (batch.numel() * per_second) / 3600,
-            "tokens_per_second": batch.numel() * per_second,
-            "flops_per_second": flops * batch.numel() * per_second,
-            "peak_memory": peak_memory(model.device)}
+    return {"hours": PAPER_TOKENS / rate / 3600, "tokens_per_second": rate,
+            "flops_per_second": flops * rate, "peak_memory": peak_memory(model.device)}
 
 
-def time_search(model, mixers, prepared, whole):
-    """Hours for all rounds of Algorithm 1 on `whole` items, in proportion to the items run, and
-    what those cost in layer-token forwards."""
-    num_layers = len(mixers)
-    answer_hybrids(model, prepared, mixers, prepared.batches[0], [()])          # a warm-up
-    flops_each = linear_flops(model.get_decoder()) / num_layers
+def time_search(model, mixers, prepared, args):
+    """Hours for all rounds of Algorithm 1 on the paper's items, in proportion to the items run."""
+    evaluate_hybrids(model, prepared, mixers, [(0,)])               # a warm-up
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    began, cost = clock(model.device), collections.Counter()
-    evaluations = num_layers * (num_layers + 1) // 2 + 1
-    with progress(total=evaluations * len(prepared.batches), desc="search", unit="batch",
-                  leave=False) as bar:
-        greedy(lambda sets: [score.mean() for score in evaluate_hybrids(
-            model, prepared, mixers, sets, cost=cost, bar=bar)], num_layers, run_all=True)
-    seconds = clock(model.device) - began
-    items = len(prepared.docs)
-    return {"hours": seconds * whole / items / 3600, "seconds": seconds, "items": items,
-            "of_items": whole, "evaluations": evaluations,
-            "layer_tokens": cost["run"], "plain_layer_tokens": cost["plain"],
-            "flops_per_second": flops_each * cost["run"] / seconds,
+    with tempfile.TemporaryDirectory() as folder:
+        scores = Scores(Path(folder) / "search.jsonl", model, mixers, {"validation": prepared},
+                        "acc", args)
+        greedy(scores.validation, len(mixers), run_all=True)
+    items, cost = len(prepared.docs), scores.cost()
+    seconds = cost.pop("search_seconds")
+    flops = linear_flops(model.get_decoder()) / len(mixers) * cost["layer_tokens"]
+    return {"hours": seconds * PAPER_ITEMS / items / 3600, "seconds": seconds, "items": items,
+            "of_items": PAPER_ITEMS, **cost, "flops_per_second": flops / seconds,
             "peak_memory": peak_memory(model.device)}
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def benchmark(args):
     """JetBlock on a model of Qwen2.5-1.5B's shape: distillation on 32 x 512 random tokens a step,
-    and the search over all 28 layers on 500 items of 400 random tokens and three single-token
-    choices; with --limit on fewer. On a CPU the same on a tiny model, to see that it runs."""
-    if world_size() > 1:
-        raise UserError("--benchmark measures one process; start it without torchrun.")
-    if args.model or args.blocks or args.task or args.out:
-        raise UserError("--benchmark makes its own model and task and saves nothing: leave --model, "
-                        "--blocks, --task and --out out.")
-    device = find_device(args.device)
+    and the search on 500 items of 400 random tokens and three single-token choices, or with --limit
+    on fewer. Without a GPU all of them are tiny, which shows that the code works."""
+    if evaluation.world_size() > 1 or args.model or args.blocks or args.task or args.out:
+        raise UserError("--benchmark makes its own model and task, in one process, and saves "
+                        "nothing: leave torchrun, --model, --blocks, --task and --out out.")
+    device = evaluation.find_device(args.device)
     gpu = device.type == "cuda"
-    size, dtype, shape, steps, items, length = (
-        (QWEN_1_5B, torch.bfloat16, (32, 512), 20, 500, 400) if gpu else
-        (TINY, torch.float32, (4, 64), 3, 8, 40))
-    model = random_model(size, device, dtype, args.seed)
+    size = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                num_attention_heads=12, num_key_value_heads=2)
+    dtype, shape, items, length = torch.bfloat16, (32, 512), PAPER_ITEMS, 400
+    if not gpu:
+        size = dict(zip(size, (64, 64, 128, 4, 4, 2)))
+        dtype, shape, items, length = torch.float32, (4, 64), 8, 40
+    torch.manual_seed(args.seed)
+    with device:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            **size, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None))
+    model = model.to(dtype).eval().requires_grad_(False)
     mixers = make_mixers(model, "jet", range(size["num_hidden_layers"]), "inherit", args.seed)
-    rng = random.Random(args.seed)
+    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     docs = [{"context": demo_text(rng.randrange(64) for _ in range(length)),
-             "choices": ["t1", "t2", "t3"], "gold": rng.randrange(3)}
-            for _ in range(min(items, args.limit or items))]
-    prepared = Prepared(CHOICE_FILE, docs, model, demo_tokenizer(), args.batch_size)
-    draw = torch.Generator().manual_seed(args.seed)
-    batch = torch.randint(size["vocab_size"], shape, generator=draw)
-    phases = {"distillation": time_distillation(model, mixers, batch, steps)}
+             "choices": ["t1", "t2", "t3"], "gold": rng.randrange(3)} for _ in range(items)]
+    prepared = prepare(evaluation.CHOICE_FILE, docs, model, demo_tokenizer(), args)
+    batch = torch.randint(size["vocab_size"], shape, generator=generator)
+    phases = {"distillation": time_distillation(model, mixers, batch)}
     for mixer in mixers.values():
         mixer.to(dtype).eval().requires_grad_(False)
-    phases["search"] = time_search(model, mixers, prepared, items)
-    limit = measured_limits()["tflop_s"] * 1e12 if gpu else None
+    phases["search"] = time_search(model, mixers, prepared, args)
+    rate = measured_limits()["tflop_s"] * 1e12 if gpu else None
     name = torch.cuda.get_device_name() if gpu else "CPU, a tiny model: the hours mean nothing"
-    log(f"{name}: {len(docs)} items of {length} tokens, {len(mixers)} layers, jet")
+    log(f"{name}; the paper needed 2.5 hours of an A800 for each phase")
     for phase, row in phases.items():
-        row["share_of_matrix_rate"] = limit and row["flops_per_second"] / limit
-        share = "not measured" if limit is None else f"{row['share_of_matrix_rate']:.1%}"
-        log(f"  {phase}: {row['hours']:.3g} hours (paper: {PAPER_HOURS} of an A800), peak memory "
-            f"{row['peak_memory'] / 2**20:,.0f} MiB, share of the measured matrix rate: {share}")
-    log(f"  distillation: {steps} steps of {batch.numel():,} tokens, at "
-        f"{phases['distillation']['tokens_per_second']:,.0f} tokens per second, in proportion to "
-        f"{PAPER_TOKENS:,}")
-    log(f"  search: {phases['search']['evaluations']} evaluations in "
-        f"{phases['search']['seconds']:.1f} s on {len(docs)} items, in proportion to {items}")
+        row["share_of_matrix_rate"] = rate and row["flops_per_second"] / rate
+        log(f"  {phase}: {spelled(row)}")
     return {"device": name, "batch_size": args.batch_size, "versions": versions(), **phases}
 
 
 # ------------------------------------------------------------------------------------------------
-# The command line
+# A search from flags to result.json
 
 def parse_args():
-    parser = ArgumentParser(__doc__)
-    add_model_flags(parser)
-    parser.add_argument("--blocks", help="run directory of distill.py; several, comma-separated, for "
-                        "layers that were distilled apart")
-    parser.add_argument("--task", help="a .jsonl file to search on, or one of "
-                        + ", ".join([*DEMO_TASKS, *TASKS]))
-    parser.add_argument("--test", help=".jsonl file to report on, if --task is a file")
-    add_task_flags(parser)
-    parser.add_argument("--test-docs", help="local file of the documents that a named task reports")
-    parser.add_argument("--search-size", type=positive(int), default=500,
-                        help="documents to search on, at most, for a named task (paper: 500)")
-    parser.add_argument("--paper-splits", action="store_true", help="the paper's literal reading: "
-                        "search on what is reported where the task has no other split (it leaks)")
-    parser.add_argument("--max-drop", type=float, default=0.05,
-                        help="P_min as a relative drop from the base's score (paper: 0.05)")
-    parser.add_argument("--p-min", type=float, help="P_min itself, in place of --max-drop")
-    parser.add_argument("--all", action="store_true",
-                        help="go on below P_min until every layer is replaced, for the curve")
-    parser.add_argument("--order", default="greedy", dest="strategy",
-                        choices=("greedy", "local", "uniform", "random", "impact"),
-                        help="greedy: Algorithm 1; local: ranked once, each layer alone; uniform: "
-                        "evenly spaced; random: by --seed; impact: by linear probes (section 4.3)")
-    parser.add_argument("--budget", type=positive(int), help="stop after this many layers")
-    parser.add_argument("--plain", action="store_true", help="run all layers anew for every "
-                        "candidate, in place of those below it once: slower, the same scores")
-    parser.add_argument("--layers", help="no search: score and save just this set, e.g. 4,8,12")
-    parser.add_argument("--benchmark", action="store_true", help="no search: time both phases on a "
-                        "random model of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N "
-                        "searches on N of 500 items")
-    parser.add_argument("--out", help="directory for the journal, the result and the checkpoints")
+    parser = evaluation.ArgumentParser(__doc__)
+    evaluation.add_model_flags(parser)
+    evaluation.add_task_flags(parser)
+    add, positive = parser.add_argument, evaluation.positive(int)
+    add("--blocks", help="run directory of distill.py, or several, comma-separated")
+    add("--task", help="a .jsonl file to search on, or a named task of eval.py")
+    add("--test", help=".jsonl file to report on, if --task is a file")
+    add("--test-docs", help="local file of the documents that a named task reports")
+    add("--search-size", type=positive, default=500,
+        help="documents of a named task to search on, at most (paper: 500)")
+    add("--paper-splits", action="store_true",
+        help="search on the reported documents where a task has no other split (it leaks)")
+    add("--max-drop", type=float, default=0.05, help="P_min as a relative drop (paper: 0.05)")
+    add("--p-min", type=float, help="P_min itself, in place of --max-drop")
+    add("--all", action="store_true", help="continue below P_min until every layer is replaced")
+    add("--order", choices=("greedy", "local", "uniform", "random", "impact"), default="greedy",
+        dest="strategy", help="greedy: Algorithm 1; local: ranked once, each layer alone; uniform: "
+        "evenly spaced; random: by --seed; impact: by linear probes (section 4.3)")
+    add("--budget", type=positive, help="stop after this many layers")
+    add("--plain", action="store_true",
+        help="run shared lower layers for every candidate: slower, the same scores")
+    add("--layers", help="no search: score and save just this set, e.g. 4,8,12")
+    add("--benchmark", action="store_true", help="no search: time both phases on a random model "
+        "of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N searches on N of 500 items")
+    add("--out", help="directory for the journal, the result and the checkpoints")
     return parser.parse_args()
 
 
-def check_args(args):
+def open_search(args):
+    """What can be checked before the model is loaded -> (out, task, metric, documents)."""
     for name in ("blocks", "task", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing (see --help).")
-    if not 0 <= args.max_drop <= 1:
-        raise UserError(f"--max-drop is a fraction from 0 to 1, not {args.max_drop:g}.")
-    if args.p_min is not None and not 0 <= args.p_min <= math.inf:
-        raise UserError(f"--p-min is a score, not {args.p_min:g}.")
-    task = find_task(args.task, args)
-    check_metric(task, args.metric)
-    if args.test and (task.hub or args.task in DEMO_TASKS):
-        raise UserError("--test goes with a --task that is a file; a named task has its own.")
-    if args.test and file_task(args.test)[0] is not task:
-        raise UserError(f"{args.test} and {args.task} are not items of one kind.")
-    out = make_output_dir(args.out)
-    if any((out / name).exists() for name in ("distill.json", "config.json")):
-        raise UserError(f"{out} already holds something else; give another --out.")
+    for name, value in (("--max-drop", args.max_drop), ("--p-min", args.p_min or 0)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is a fraction from 0 to 1, not {value:g}.")
     if args.layers and (args.strategy != "greedy" or args.budget):
         raise UserError("--layers names the layers itself; leave --order and --budget out.")
-    return out
+    out = evaluation.make_output_dir(args.out)
+    if any((out / name).exists() for name in ("distill.json", "config.json")):
+        raise UserError(f"{out} already holds something else; give another --out.")
+    return out, *search_documents(args)
 
 
-def search_documents(args, task):
-    """{"validation": documents to search on, "test": documents to report on, if there are any}."""
-    if task.hub:
-        search, report, notes = split_docs(task, args.docs, args.test_docs, args.seed,
-                                           args.search_size, args.paper_splits)
-        for note in notes:
-            log(f"{task.name}: {note}")
-        return {"validation": search, "test": report}
-    files = [args.task, args.test]
-    if args.task in DEMO_TASKS:
-        files = [demo_file(args.task, split) for split in ("validation", "test")]
-    return {name: file_task(path)[1] for name, path in zip(("validation", "test"), files) if path}
-
-
-def candidates_of(args, scorer, num_layers, bar):
-    """(candidates for `greedy`, impact scores or None) of the strategy that --order names."""
-    if args.strategy == "greedy":
-        return every_full_layer, None
-    if args.strategy == "uniform":
-        return uniform, None
+def candidates_of(args, scores, num_layers, given):
+    """(candidates for `greedy`, impact scores or None) of the strategy that the flags name."""
+    layers = range(num_layers)
+    if given:
+        return lambda num_layers, model: [given], None
+    if args.strategy in ("greedy", "uniform"):
+        return uniform if args.strategy == "uniform" else each_full_layer, None
     if args.strategy == "random":
-        return in_order(random_order(num_layers, args.seed)), None
-    if args.strategy == "local":
-        return in_order(local_order(lambda sets: scorer.validation(sets, bar), num_layers)), None
+        return in_order(random.Random(args.seed).sample(layers, num_layers)), None
+    if args.strategy == "local":        # by the score when each layer alone is replaced
+        alone = scores.validation([(layer,) for layer in layers])
+        return in_order(sorted(layers, key=lambda layer: -round(alone[layer] / SLACK))), None
     impact = gather(rank() == 0 and impact_scores(
-        scorer.model, scorer.mixers, scorer.splits["validation"], args.seed))[0]
-    for layer, scores in impact.items():
-        log(f"layer {layer}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-    return in_order(sorted(impact, key=lambda layer: (impact[layer]["impact"], layer))), impact
+        scores.model, scores.mixers, scores.splits["validation"], args.seed))[0]
+    for layer, row in impact.items():
+        log(f"layer {layer}: {spelled(row)}")
+    return in_order(sorted(layers, key=lambda layer: impact[layer]["impact"])), impact
 
 
-def correlation_with_greedy(impact, scorer, num_layers):
-    """Spearman's correlation of the impact scores with the order of a greedy search that this
-    journal holds; None, with a sentence, where it holds none."""
+def correlation_with_greedy(impact, scores):
+    """Spearman's correlation of the impact scores with the order of a greedy search that ran
+    through all layers with the same journal; None without one."""
+    def known(layer_sets):
+        return [scores.known["validation", tuple(sorted(s))]["score"] for s in layer_sets]
+
     try:
-        steps = greedy(scorer.remembered, num_layers, run_all=True).steps
+        steps = greedy(known, len(impact), run_all=True).steps
     except KeyError:
-        log("for Spearman's correlation with the greedy order, first run --order greedy --all with "
-            "the same --out")
-        return None
-    place = {step.layer: i for i, step in enumerate(steps)}
-    found = spearman([impact[layer]["impact"] for layer in place], list(place.values()))
-    log("Spearman's correlation of impact score and greedy order: "
-        + ("undefined, all scores are equal" if found is None else f"{found:+.3f}"))
+        steps = []
+    found = spearman([impact[step.layer]["impact"] for step in steps], range(len(steps)))
+    log(f"Spearman's correlation of impact score and greedy order: {found} (it needs a search with "
+        "--order greedy --all and the same --out)")
     return found
 
 
-def search(args, scorer, num_layers, given):
-    """Run the strategy, or score the given layers -> (Search, what else it found)."""
-    if given:
-        p_base, p_given = scorer.validation([(), tuple(given)])
-        p_min = (1 - args.max_drop) * p_base if args.p_min is None else args.p_min
-        return Search(p_base, p_min, [Step(tuple(given), p_given, None)], given, given), {}
-    most = min(num_layers, args.budget or num_layers)
-    evaluations = {"greedy": sum(num_layers - i for i in range(most)),
-                   "local": num_layers + most}.get(args.strategy, most) + 1
-    batches = len(scorer.splits["validation"].batches[rank()::world_size()])
-    with progress(total=evaluations * batches, desc="search", unit="batch") as bar:
-        candidates, impact = candidates_of(args, scorer, num_layers, bar)
-        found = greedy(lambda sets: scorer.validation(sets, bar), num_layers, args.max_drop,
-                       args.p_min, args.all, functools.partial(report_step, scorer), candidates,
-                       args.budget)
-    if impact is None:
-        return found, {}
-    return found, {"impact": impact,
-                   "spearman": correlation_with_greedy(impact, scorer, num_layers)}
-
-
-def run_search(args, model, tokenizer):
-    """Search, or score --layers, for one task; save everything -> the result."""
+def run_search(args):
+    """Search, or score --layers, and save everything -> the result."""
+    out, task, metric, documents = open_search(args)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code,
+                                  base_only=True)
     began = time.perf_counter()
-    out = check_args(args)
-    lock_dir(out)
     check_savable(model)
-    task = find_task(args.task, args)
-    metric, num_layers = check_metric(task, args.metric), len(attention_modules(model))
-    given = parse_layers(args.layers, num_layers) if args.layers else None
-    mixers = load_blocks(args.blocks, model, given)
-    dtype = dtype_to_save(args.model, model, args.dtype)
+    num_layers = len(attention_modules(model))
+    given = tuple(evaluation.parse_layers(args.layers, num_layers)) if args.layers else ()
+    mixers = load_blocks(args.blocks, model, given or None)
+    dtype = evaluation.dtype_to_save(args.model, model, args.dtype)
     for mixer in mixers.values():
-        mixer.to(dtype).to(model.dtype)         # what is scored is what will be saved
+        mixer.to(dtype).to(model.dtype)         # the saved numbers are the ones that are scored
     splits = {name: prepare(task, docs, model, tokenizer, args, searched=name == "validation")
-              for name, docs in search_documents(args, task).items()}
-    journal = Journal(out / "search.jsonl", {
-        "model": fingerprint(model), "blocks": digest([fingerprint(mixers[l]) for l in mixers]),
-        "items": {name: split.fingerprint() for name, split in splits.items()}, "metric": metric,
-        "dtype": str(model.dtype), "device": model.device.type, "batch_size": args.batch_size,
-        "limit": args.limit, "whole": args.whole, "versions": versions()})
-    scorer = Scorer(model, mixers, splits, metric, journal, args.allow_code_execution, args.plain)
-    found, more = search(args, scorer, num_layers, given)
-    layers = [step.layer for step in found.steps]               # None where sets do not nest
+              for name, docs in documents.items()}
+    lock_dir(out)
+    scores = Scores(out / "search.jsonl", model, mixers, splits, metric, args)
+    candidates, impact = candidates_of(args, scores, num_layers, given)
+    steps = []
+    found = greedy(scores.validation, num_layers, args.max_drop, args.p_min, args.all,
+                   len(given) or args.budget, candidates,
+                   on_step=lambda step: steps.append(scores.record(step)))
+    best, opt = (given, given) if given else (found.best, found.opt)
+    order = [step["layer"] for step in steps]                   # None where sets do not nest
     result = {
         "task": args.task, "metric": metric, "strategy": args.strategy, "p_base": found.p_base,
-        "p_min": found.p_min,
-        "order": given or ([] if None in layers else layers),
-        "sets": [sorted(step.layers) for step in found.steps],
-        "validation": [step.score for step in found.steps],
-        "best": scorer.final(found.best), "opt": scorer.final(found.opt),
-        "test_base": scorer.final(())["test"],
-        "steps": [scorer.statistics(step) for step in found.steps], **more,
-        "n": {name: scorer.rows(name, [()])[0]["n"] for name in splits},
-        "model": args.model, "blocks": args.blocks,
-        "attn": read_run(args.blocks.split(",")[0])["attn"]}
-    result["cost"] = {"seconds": time.perf_counter() - began, **scorer.cost(),
+        "p_min": found.p_min, "order": given or ([] if None in order else order),
+        "sets": [step["layers"] for step in steps],
+        "validation": [step["score"] for step in steps],
+        "best": scores.final(best), "opt": scores.final(opt), "test_base": scores.final(())["test"],
+        "steps": steps}
+    if impact:
+        result |= {"impact": impact, "spearman": correlation_with_greedy(impact, scores)}
+    result |= {"n": {name: len(split.docs) for name, split in splits.items()},
+               "model": args.model, "blocks": args.blocks,
+               "attn": read_run(args.blocks.split(",")[0])["attn"]}
+    result["cost"] = {"seconds": time.perf_counter() - began, **scores.cost(),
                       "memory": peak_memory(model.device), "device": str(model.device),
-                      "ranks": world_size(), "versions": versions()}
+                      "ranks": evaluation.world_size(), "versions": versions()}
     if rank() == 0:
         for name in ("best", "opt"):
-            save_checkpoint(model, mixers, result[name]["layers"], tokenizer, out / name, dtype,
-                            model_card(result, name, scorer))
-        if given is None:
-            plot_search(result, out / "search.png")
+            save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
         write_json(out / "result.json", result)
-    report_result(result, scorer, out)
+    log(f"{args.task}: {metric}, P_min {found.p_min:.5g}, n {result['n']}")
+    for name, layers in (("base", ()), ("M_best", best), ("M_opt", opt)):
+        log(f"  {name}: {spelled(scores.final(layers))}; linear layers {sorted(layers)}")
+    log(f"  {spelled(scores.cost())}: {result['cost']['saved']:.1%} fewer than a plain search")
     return result
-
-
-def report_result(result, scorer, out):
-    """The closing table: base, M_best and M_opt on both splits, with standard errors; the cost."""
-    log(f"{result['task']}: {result['metric']}; P_min {result['p_min']:.4f}")
-    for name, layers in (("base", []), ("M_best", result["best"]["layers"]),
-                         ("M_opt", result["opt"]["layers"])):
-        cells = [f"{split} {row['score']:.4f} +- {row['stderr']:.4f} (n = {row['n']})"
-                 for split in scorer.splits for row in scorer.rows(split, [layers])]
-        log(f"  {name:6s} {', '.join(cells)}; linear layers {layers}")
-    cost = result["cost"]
-    log(f"  {cost['evaluations']} evaluations in {cost['search_seconds']:.1f} s; layer-token "
-        f"forwards: {cost['layer_tokens']:,}, {cost['saved']:.1%} fewer than the "
-        f"{cost['plain_layer_tokens']:,} of a plain search")
-    log(f"  saved: {out}/best, {out}/opt, {out}/result.json")
 
 
 def main():
     args = parse_args()
-    join_ranks(args.device)
+    evaluation.join_ranks(args.device)
     if args.benchmark:
-        finish(benchmark(args))
-        return
+        return evaluation.finish(benchmark(args))
     if args.model is not None:
-        check_args(args)
-        model, tokenizer = load_model(args.model, args.device, args.dtype,
-                                      args.trust_remote_code, base_only=True)
-        result = run_search(args, model, tokenizer)
-        finish(result, f"python eval.py --model {args.out}/opt --task {args.test or args.task}")
-        return
+        return evaluation.finish(
+            run_search(args),
+            f"python eval.py --model {args.out}/opt --task {args.test or args.task}")
     log("demo: searches the tiny Llama's two tasks; --model, --blocks, --task search anything else")
-    args.model, args.blocks = str(make_demo()), args.blocks or str(DEMO / "blocks")
-    model, tokenizer = load_model(args.model, args.device, args.dtype, base_only=True)
-    results, args.all = {}, True
-    for name in ("copy", "chain"):
-        args.task, args.out = name, str(DEMO / name)
-        results[name] = run_search(args, model, tokenizer)
+    args.model, args.blocks, args.all = str(make_demo()), args.blocks or str(DEMO / "blocks"), True
+    results = {}
+    for args.task in ("copy", "chain"):
+        args.out = str(DEMO / args.task)
+        results[args.task] = run_search(args)
     for name, result in results.items():
         log(f"{name}: layers went in the order {result['order']}; M_opt keeps "
             f"{len(result['order']) - len(result['opt']['layers'])} softmax layers")
-    finish({"results": results}, f"python eval.py --model {DEMO}/copy/opt --task copy")
+    evaluation.finish({"results": results}, f"python eval.py --model {DEMO}/copy/opt --task copy")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    evaluation.run_script(main)
