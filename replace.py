@@ -33,13 +33,14 @@ import torch
 import torch.nn.functional as F
 
 from distill import (
-    load_blocks, make_mixers, make_optimizers, peak_memory, read_run, teacher_forward, train_step)
+    demo_text, demo_tokenizer, load_blocks, make_demo, make_mixers, make_optimizers, peak_memory,
+    read_run, teacher_forward, train_step)
 from eval import (
     CHOICE_FILE, DEMO, DEMO_TASKS, TASKS, ArgumentParser, Prepared, UserError, add_model_flags,
     add_task_flags, answer_hybrids, attention_modules, check_metric, command_line, demo_file,
-    demo_text, demo_tokenizer, digest, dtype_to_save, evaluate_hybrids, even_batches, file_task,
+    digest, dtype_to_save, evaluate_hybrids, even_batches, file_task,
     find_device, find_task, fingerprint, finish, gather, join_ranks, layers_can_be_shared,
-    load_model, lock_dir, log, make_demo, make_output_dir, pad, parse_layers, positive, prepare,
+    load_model, lock_dir, log, make_output_dir, pad, parse_layers, positive, prepare,
     progress, rank, run_script, split_docs, versions, world_size, write_atomic, write_json)
 from kernels import measured_limits
 from linear_attn import KNOWN, check_savable, replaced, save_hybrid
