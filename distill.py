@@ -7,13 +7,13 @@
 
 At every layer l the linear module gets the hidden states that the teacher's attention module gets,
 and learns to give that module's output:  L_l = MSE(O_full, O_linear).  The teacher is frozen and
-no gradient crosses a layer. One teacher forward therefore serves all layers, and training only
-some of them (--layers 0-9, say, each part with its own --out) gives exactly the same modules.
+no gradient crosses a layer. One teacher forward therefore serves all layers, and layers that are
+distilled apart (--layers 0-9, then --layers 10-27, with two --out) give exactly the same modules.
 
 --out is the run directory, which replace.py takes as --blocks. It gets layer_NNN.safetensors (the
-modules), distill.json (settings, errors, cost), log.jsonl (losses) and held_out.safetensors (chunks
-of text that are never trained on). After a kill, --resume goes on at the last checkpoint and ends
-in the same tensors. The last line on stdout is the result as one JSON object.
+modules), distill.json (settings, errors, cost), log.jsonl (losses) and held_out.safetensors (text
+that is never trained on). After a kill, --resume continues from the last checkpoint and ends in
+the same tensors. The last line on stdout is the result as one JSON object.
 """
 
 import collections
@@ -149,10 +149,10 @@ def make_optimizers(mixers):
 @torch.no_grad()
 def solve_o_proj(model, mixers, batches):
     """Solve every module's o_proj in closed form, because its output is linear in o_proj: a ridge
-    regression of the error that is left, O_full - O_linear, on the module's head outputs. It reads
-    so many of `batches` that it cannot fit their noise. Even and odd batches each propose a change,
-    which is scaled by the share of it that the other half confirms: a change that fits only noise
-    shrinks to nothing, so that solving again after training does no harm."""
+    regression of the remaining error, O_full - O_linear, on the module's head outputs. It reads
+    enough of `batches` not to fit their noise. Even and odd batches each propose a change, which is
+    scaled by the share of it that the other half confirms: a change that fits only noise shrinks
+    to nothing, so that solving again after training does no harm."""
     normal = {layer: [0, 0] for layer in mixers}    # [X^T X | X^T R] of even and of odd batches
     tokens_needed = SOLVE_TOKENS * max(mixer.o_proj.in_features for mixer in mixers.values())
 
@@ -246,16 +246,14 @@ def open_corpus(args, tokenizer):
     local = path.is_file() or path.suffix in (".jsonl", ".gz", ".parquet", ".txt")
     if not local:
         sources = open_streams(args.data, column.split(","))
-    elif path.suffix == ".txt":         # one document
-        sources = [(args.data, [{column: path.read_text(encoding="utf-8")}], column, 1.0)]
-    else:
-        sources = [(args.data, [row for _, row in read_docs(args.data)], column, 1.0)]
-    read = lambda: pack(documents(sources, tokenizer, skipped, once=local), args.seq_len)
-    if not local:
+        read = lambda: pack(documents(sources, tokenizer, skipped), args.seq_len)
         held_out = torch.stack(list(itertools.islice(read(), HELD_OUT)))
         chunks = lambda: itertools.islice(read(), HELD_OUT, None)
         return Corpus(held_out, chunks, STREAM_BLOCK, skipped)
-    chunks = list(progress(read(), desc="tokenise", unit="chunk", leave=False))
+    rows = [{column: path.read_text(encoding="utf-8")}] if path.suffix == ".txt" else [
+        row for _, row in read_docs(args.data)]
+    texts = documents([(args.data, rows, column, 1.0)], tokenizer, skipped, once=True)
+    chunks = list(pack(progress(texts, desc="tokenise", unit="doc", leave=False), args.seq_len))
     if len(chunks) < 2:
         raise UserError(f"{path} fills {len(chunks)} chunks of {args.seq_len} tokens, and at least "
                         "two are needed: take more text or a smaller --seq-len.")
@@ -289,7 +287,7 @@ def open_streams(data, columns):
 
 def documents(sources, tokenizer, skipped, once=False):
     """The tokens of each document. The next one always comes from the source that is furthest
-    behind its share of the tokens; a source that has ended begins again, except `once`."""
+    behind its share of the tokens. A source that has ended is read again, unless `once`."""
     iterators, taken = [iter(rows) for _, rows, *_ in sources], [0] * len(sources)
     skipped.clear()
     while True:
@@ -328,7 +326,7 @@ def pack(token_lists, seq_len):
 
 
 def shuffled(chunks, block, seed):
-    """The chunks, `block` of them at a time, in a seeded order."""
+    """Chunks in a seeded order: reads `block` chunks, yields them shuffled, reads the next."""
     for number in itertools.count():
         rows = list(itertools.islice(chunks, block))
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
@@ -355,11 +353,10 @@ def layer_file(out, layer):
     return Path(out) / f"layer_{layer:03d}.safetensors"
 
 
-def save_tensors(path, tensors, **metadata):
-    """Write tensors and JSON-able metadata into one safetensors file, all of it or nothing."""
+def save_tensors(path, tensors, metadata=None):
+    """Write a safetensors file, all of it or nothing; `metadata` is {name: string}."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {name: json.dumps(value) for name, value in metadata.items()}
-    write_atomic(path, lambda p: save_file(tensors, p, metadata or None))
+    write_atomic(path, lambda p: save_file(tensors, p, metadata))
 
 
 def save_checkpoint(out, state, mixers, optimizers):
@@ -373,17 +370,17 @@ def save_checkpoint(out, state, mixers, optimizers):
             adam = optimizers[layer].state[parameter]           # empty before the first step
             for key, tensor in {"weight": parameter, **adam}.items():
                 tensors[f"{layer} {name} {key}"] = tensor
-    save_tensors(out / "checkpoint.safetensors", tensors, state=state,
-                 log_bytes=(out / "log.jsonl").stat().st_size)
+    state = {**state, "log_bytes": (out / "log.jsonl").stat().st_size}
+    save_tensors(out / "checkpoint.safetensors", tensors, {"state": json.dumps(state)})
 
 
 @torch.no_grad()
 def load_checkpoint(out, mixers, optimizers):
-    """Restore what save_checkpoint saved -> its `state`, or None where there is no checkpoint."""
+    """Restore weights and Adam's moments -> the saved `state`, or None without a checkpoint."""
     if not (out / "checkpoint.safetensors").exists():
         return None
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
-        saved = {name: json.loads(value) for name, value in file.metadata().items()}
+        state = json.loads(file.metadata()["state"])
         for name in file.keys():
             layer, parameter, key = name.split()
             parameter, tensor = mixers[int(layer)].get_parameter(parameter), file.get_tensor(name)
@@ -392,8 +389,8 @@ def load_checkpoint(out, mixers, optimizers):
             else:
                 optimizers[int(layer)].state[parameter][key] = tensor.to(parameter.device)
     if rank() == 0:
-        os.truncate(out / "log.jsonl", saved["log_bytes"])      # the later steps run again
-    return saved["state"]
+        os.truncate(out / "log.jsonl", state["log_bytes"])      # the later steps run again
+    return state
 
 
 def write_log(out, event, step, **values):
@@ -422,7 +419,7 @@ def open_run(args, settings):
         record = {"finished": False, "command": command_line(), **settings}
         write_json(out / "distill.json", record)
     elif not args.resume:
-        raise UserError(f"{out} holds a run: add --resume to go on with it.")
+        raise UserError(f"{out} holds a run: add --resume to continue it.")
     for key, value in settings.items():
         if key != "versions" and record.get(key) != value:
             raise UserError(f"{out} belongs to another run: its {key} is {record.get(key)}.")
@@ -628,7 +625,7 @@ def parse_args():
                         "for models narrower than 1,536 times (1536 / width)^0.75)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the run directory")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     return parser.parse_args()
 
 
@@ -672,7 +669,7 @@ def main():
         distill(model, mixers, corpus, args, out, record)
         record = gather(read_run(out))[0]       # rank 0 brings it when everything is saved
     if rank() == 0:
-        for path in out.glob("*checkpoint*"):   # with what a kill left half written
+        for path in out.glob("*checkpoint*"):   # a kill may have left half of one
             path.unlink()
     start, end = record["held_out"]["start"], record["held_out"]["end"]
     log("layer |     MSE at start -> end      | relative MSE start -> end | cosine start -> end")
