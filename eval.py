@@ -997,72 +997,6 @@ def draw_shots(task, docs, k, pool, searched=False):
     return [shots_of(doc) for doc in docs]
 
 
-# ------------------------------------------------------------------------------------------------
-# The demo: a tiny Llama that copies (needs its context) and follows a chain (does not)
-
-DEMO_VOCAB, DEMO_LENGTH, DEMO_PERIODS, DEMO_STEPS = 64, 48, (12, 20), 700
-
-
-def copy_sequences(n, rng):
-    """n strings of random tokens that repeat with a period drawn from DEMO_PERIODS."""
-    rows = []
-    for _ in range(n):
-        string = rng.sample(range(DEMO_VOCAB), rng.randint(*DEMO_PERIODS))
-        rows.append((string * DEMO_LENGTH)[:DEMO_LENGTH])
-    return rows
-
-
-def demo_chain():
-    """The fixed chain: token -> its successor, one cycle through the vocabulary."""
-    cycle = random.Random(0).sample(range(DEMO_VOCAB), DEMO_VOCAB)
-    return dict(zip(cycle, cycle[1:] + cycle[:1]))
-
-
-def chain_sequences(n, rng):
-    rows, successor = [], demo_chain()
-    for _ in range(n):
-        row = [rng.randrange(DEMO_VOCAB)]
-        while len(row) < DEMO_LENGTH:
-            row.append(successor[row[-1]])
-        rows.append(row)
-    return rows
-
-
-def demo_text(tokens):
-    return " ".join(f"t{token}" for token in tokens)
-
-
-def demo_items(sequences, n, rng, answer=4):
-    """Four-choice items: which tokens come next. The wrong choices are runs that occur elsewhere
-    in the same kind of sequence, so only the place, or the chain's rule, tells them apart."""
-    items = []
-    for row in sequences(n, rng):
-        cut = DEMO_LENGTH - answer
-        right = row[cut:]
-        starts = [s for s in range(cut - answer) if row[s: s + answer] != right]
-        wrong = [row[s: s + answer] for s in rng.sample(starts, 3)]
-        choices = rng.sample([right, *wrong], 4)
-        items.append({"context": demo_text(row[:cut]), "choices": [demo_text(c) for c in choices],
-                      "gold": choices.index(right)})
-    return items
-
-
-def make_demo():
-    """Write out/demo: the teacher (trained once, some 70 s), its corpus and both tasks' items."""
-    rng = random.Random(1)
-    if not (DEMO / "teacher" / "config.json").exists():
-        log("demo: training a tiny Llama to copy and to follow a chain (once)")
-        make_output_dir(DEMO)
-        train_demo_teacher(DEMO / "teacher")
-    rows = copy_sequences(6000, rng) + chain_sequences(2000, rng)
-    rng.shuffle(rows)
-    _write_lines(DEMO / "train.jsonl", [{"text": demo_text(row)} for row in rows])
-    for name, sequences in (("copy", copy_sequences), ("chain", chain_sequences)):
-        for split in ("validation", "test"):
-            _write_lines(DEMO / f"{name}-{split}.jsonl", demo_items(sequences, 200, rng))
-    return DEMO / "teacher"
-
-
 def _write_lines(path, rows):
     write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
@@ -1073,41 +1007,6 @@ def demo_file(name, split):
     if not path.exists():
         raise UserError(f"{path} is not here: `python distill.py` makes the demo and its tasks.")
     return path
-
-
-def train_demo_teacher(path):
-    """A 4-layer Llama of width 64, next-token loss, AdamW; the learning rate falls to zero over
-    the last third. Saved with a word-level tokenizer as an ordinary checkpoint."""
-    config = transformers.LlamaConfig(
-        vocab_size=DEMO_VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    with torch.random.fork_rng():               # transformers draws from the global generator
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0,
-                                  fused=True)
-    rng = random.Random(0)
-    for step in progress(range(DEMO_STEPS), desc="demo teacher", unit="step"):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, 3 * (1 - step / DEMO_STEPS))
-        ids = torch.tensor(copy_sequences(48, rng) + chain_sequences(16, rng))
-        loss = model(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    building = path.with_name("teacher.building")
-    model.save_pretrained(building)
-    demo_tokenizer().save_pretrained(building)
-    os.replace(building, path)
-
-
-def demo_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {f"t{i}": i for i in range(DEMO_VOCAB)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from distill import (
-    load_blocks, make_mixers, make_optimizers, peak_memory, read_run, teacher_forward, train_step)
-from eval import DEMO, demo_text, demo_tokenizer, make_demo
+    demo_text, demo_tokenizer, load_blocks, make_demo, make_mixers, make_optimizers, peak_memory,
+    read_run, teacher_forward, train_step)
 from eval import (
-    evaluate_hybrids, fingerprint, gather, load_model, lock_dir, log, prepare, progress, rank,
+    DEMO, evaluate_hybrids, fingerprint, gather, load_model, lock_dir, log, prepare, progress, rank,
     search_documents, versions, write_json)
 from kernels import measured_limits
 from linear_attn import KNOWN, UserError, attention_modules, check_savable, replaced, save_hybrid

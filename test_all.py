@@ -933,9 +933,9 @@ def lab(tmp_path_factory):
     model = random_model(transformers.LlamaConfig(
         **{**SMALL, "num_hidden_layers": 4}, max_position_embeddings=64), scale=2.0)
     model.save_pretrained(path / "model")
-    evaluation.demo_tokenizer().save_pretrained(path / "model")
+    distill.demo_tokenizer().save_pretrained(path / "model")
     rng = random.Random(0)
-    text = lambda n: evaluation.demo_text(rng.randrange(64) for _ in range(n))
+    text = lambda n: distill.demo_text(rng.randrange(64) for _ in range(n))
     write_rows(path / "corpus.jsonl", [{"text": text(40)} for _ in range(60)])
     for name, n in (("val", 24), ("test", 16)):
         write_rows(path / f"{name}.jsonl", [
@@ -984,24 +984,35 @@ def call(words, monkeypatch, capsys):
     return code, json.loads(out.splitlines()[-1]) if out.strip() else None, err
 
 
-def start(words, **kwargs):
-    """The same in a process of its own, with one thread."""
+def start(words, ranks=0, **kwargs):
+    """The same in a process of its own, or in several under torchrun, with one thread each."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [sys.executable, ROOT / words[0], *map(str, words[1:])], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+        [sys.executable, *(torchrun if ranks else ()), ROOT / words[0], *map(str, words[1:])],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
 @pytest.fixture(scope="session")
 def runs(lab):
     """A finished distillation of each mixer."""
-    for attn in MIXERS:
-        process = start(distill_command(lab, lab / attn, attn=attn, init="inherit"))
-        assert process.communicate() and process.returncode == 0
+    processes = [start(distill_command(lab, lab / attn, attn=attn)) for attn in MIXERS]
+    assert all(process.communicate() and process.returncode == 0 for process in processes)
     return {attn: lab / attn for attn in MIXERS}
 
 
 def load_lab_model(lab):
     return evaluation.load_model(str(lab / "model"))
+
+
+def assert_same_layers(one, other, layers=range(4)):
+    for layer in layers:
+        a, b = (load_file(distill.layer_file(run, layer)) for run in (one, other))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), layer
+
+
+def log_rows(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1027,24 +1038,18 @@ def test_teacher_forward_stops_early_and_leaves_no_trace(lab):
     assert hooks() == before
 
 
-@pytest.mark.parametrize("attn", MIXERS)
-def test_layers_apart_equal_layers_together(lab, runs, attn, tmp_path, monkeypatch, capsys):
+def test_layers_apart_equal_layers_together(lab, runs, tmp_path, monkeypatch, capsys):
     """--layers 1 and --layers 0,2-3 give bit for bit what all four together gave; joined again
-    they are usable as one."""
-    for layers in ("1", "0,2-3"):
-        code, result, err = call(distill_command(lab, tmp_path / layers, attn=attn, layers=layers),
-                                 monkeypatch, capsys)
-        assert code == 0, err
-    for layer in range(4):
-        apart = load_file(distill.layer_file(tmp_path / ("1" if layer == 1 else "0,2-3"), layer))
-        together = load_file(distill.layer_file(runs[attn], layer))
-        assert apart.keys() == together.keys()
-        assert all(torch.equal(apart[k], together[k]) for k in apart)
-    (tmp_path / "0,2-3").rename(tmp_path / "others")
+    they are usable as one. Otherwise layers could not be distilled on several machines."""
+    for name, layers in (("a", "1"), ("b", "0,2-3")):
+        words = distill_command(lab, tmp_path / name, attn="jet", layers=layers)
+        assert call(words, monkeypatch, capsys)[0] == 0
+    assert_same_layers(tmp_path / "a", runs["jet"], [1])
+    assert_same_layers(tmp_path / "b", runs["jet"], [0, 2, 3])
     model, _ = load_lab_model(lab)
-    assert len(distill.load_blocks(f"{tmp_path}/1,{tmp_path}/others", model)) == 4
+    assert len(distill.load_blocks(f"{tmp_path}/a,{tmp_path}/b", model)) == 4
     with pytest.raises(UserError, match="no module for layer 0"):
-        distill.load_blocks(str(tmp_path / "1"), model)
+        distill.load_blocks(str(tmp_path / "a"), model)
 
 
 @pytest.mark.parametrize("attn", MIXERS)
@@ -1053,81 +1058,54 @@ def test_distillation_learns_and_its_numbers_are_reproducible(lab, runs, attn):
     when they are computed anew from the definition; the teacher is untouched."""
     record = distill.read_run(runs[attn])
     model, _ = load_lab_model(lab)
-    before = copy.deepcopy(model.state_dict())
-    held_out = load_file(runs[attn] / "held_out.safetensors")["input_ids"]
+    before, inputs, outputs = copy.deepcopy(model.state_dict()), {}, {}
     mixers = distill.load_blocks(str(runs[attn]), model)
-    inputs, outputs = {}, {}
 
     def keep(module, args, kwargs, output):
         inputs[module.layer_idx], outputs[module.layer_idx] = kwargs["hidden_states"], output[0]
 
     for module in attention_modules(model):
         module.register_forward_hook(keep, with_kwargs=True)
-    model(held_out)
+    model(load_file(runs[attn] / "held_out.safetensors")["input_ids"])
     for layer in range(4):
         start, end = (record["held_out"][when][str(layer)] for when in ("start", "end"))
         student, target = mixers[layer](inputs[layer])[0], outputs[layer]
         mse = (student - target).pow(2).mean().item()
-        assert end["mse"] == pytest.approx(mse, rel=1e-4)
+        assert end["mse"] == pytest.approx(mse, rel=1e-4) and mse < start["mse"]
         assert end["relative_mse"] == pytest.approx(mse / target.var(correction=0).item(), rel=1e-4)
         cosine = F.cosine_similarity(student, target, dim=-1).mean().item()
         assert end["cosine"] == pytest.approx(cosine, abs=1e-4)
-        assert end["mse"] < start["mse"]
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    events = [json.loads(line) for line in (runs[attn] / "log.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if e["event"] == "held-out"] == [0, 32]
+    assert [row["step"] for row in log_rows(runs[attn])] == [0, 10, 20, 30, 32, 32]
+    assert record["recipe"]["lr"] == pytest.approx(1e-3 * (1536 / 32) ** 0.75)
 
 
-def test_a_solved_o_proj_is_the_best(lab):
-    """No small change of o_proj lowers the loss on the batches that the regression saw."""
-    model, tokenizer = load_lab_model(lab)
-    mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
-    batches = [tokens(8, 32, seed=s) for s in range(4)]
-    chunks = torch.cat(batches)
-    inherited = distill.held_out_error(model, mixers, chunks, 8)[1]["mse"]
-    distill.solve_o_proj(model, mixers, batches)
-    solved = distill.held_out_error(model, mixers, chunks, 8)[1]["mse"]
-    assert solved < 0.9 * inherited
-    for seed in range(5):
-        moved = copy.deepcopy(mixers)
-        noise = torch.randn(moved[1].o_proj.weight.shape,
-                            generator=torch.Generator().manual_seed(seed))
-        moved[1].o_proj.weight.data += 0.02 * noise
-        assert distill.held_out_error(model, moved, chunks, 8)[1]["mse"] > solved
-
-
-def test_a_solve_needs_no_fp64_products(lab):
-    """GPUs for games multiply in fp64 at 1/64 of their speed: the products are fp32, never rounded
-    to TF32 whatever the host program has set, and give what fp64 gives from the definition."""
+def test_a_solve_is_the_ridge_regression_and_hardly_needs_fp64(lab, monkeypatch):
+    """o_proj comes out as fp64 gives it from the definition, though GPUs for games, which multiply
+    in fp64 at 1/64 of their speed, only have to multiply in fp32; and it lowers the error."""
     model, _ = load_lab_model(lab)
     mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
-    batches, pairs, seen = [tokens(8, 32, seed=s) for s in range(4)], [], []
-    outputs, features = mixers[1].o_proj.weight.shape
-    expected = mixers[1].o_proj.weight.detach().double()
+    data, pairs, seen = [tokens(8, 32, seed=s) for s in range(4)], [], []
+    features = mixers[1].o_proj.in_features
+    inherited = expected = mixers[1].o_proj.weight.detach().double()
 
     def keep(layer, hidden_states, target):
         pairs.append((mixers[1].head_outputs(hidden_states).flatten(0, 1).double(),
                       target.flatten(0, 1).double()))
 
-    class Products(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.mm.default and out.shape == (features, features + outputs):
-                seen.append((out.dtype, torch.get_float32_matmul_precision()))
-            return out
-
-    for batch in batches:
+    for batch in data:
         distill.teacher_forward(model, batch, [1], keep)
-    torch.set_float32_matmul_precision("high")
-    try:
-        with Products():
-            distill.solve_o_proj(model, mixers, batches)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert seen == [(torch.float32, "highest")] * 32                            # one a sequence
-    inherited = expected
+    before = distill.held_out_error(model, mixers, torch.cat(data), 8)[1]["mse"]
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__",
+                        lambda a, b: seen.append((a.shape, a.dtype)) or matmul(a, b))
+    distill.solve_o_proj(model, mixers, data)
+    monkeypatch.undo()
+    products = [dtype for shape, dtype in seen if shape == (features, 32)]      # X^T [X | R]
+    assert products.count(torch.float32) == 32                                  # one a sequence
+    assert products.count(torch.float64) == 2                                   # of the sums
+    assert distill.held_out_error(model, mixers, torch.cat(data), 8)[1]["mse"] < 0.9 * before
     halves = [tuple(map(torch.cat, zip(*pairs[i::2]))) for i in (0, 1)]
     for (x, y), (other_x, other_y) in (halves, halves[::-1]):
         gram = x.T @ x + 1e-4 * x.square().sum() / features * torch.eye(features)
@@ -1140,44 +1118,40 @@ def test_a_solve_needs_no_fp64_products(lab):
 
 def test_a_solve_does_not_fit_noise(lab):
     """Long training leaves little to solve; a regression on few tokens would put their noise in
-    its place."""
+    its place, so a solve reads 8 batches or 32 tokens for each of the 32 features."""
     model, tokenizer = load_lab_model(lab)
     mixers = distill.make_mixers(model, "gdn", [0, 3], "inherit", 0)
-    corpus = distill.FileCorpus(lab / "corpus.jsonl", "text", tokenizer, 32, seed=0)
-    optimizers, stream = distill.make_optimizers(mixers), corpus.batches(4, 0)
+    corpus, args = lab_corpus(lab, tokenizer, seq_len=32)
+    optimizers, stream = distill.make_optimizers(mixers), distill.batches(corpus, args)
     for _ in range(40):
         distill.train_step(model, mixers, optimizers, next(stream), 1e-2)
     before = distill.held_out_error(model, mixers, corpus.held_out, 4)
     distill.solve_o_proj(model, mixers, itertools.islice(stream, 2))
     after = distill.held_out_error(model, mixers, corpus.held_out, 4)
     assert all(after[layer]["mse"] < 1.01 * before[layer]["mse"] for layer in before)
-    batches = distill.for_a_solve(itertools.count(), mixers, argparse.Namespace(
-        batch_size=1, seq_len=32))
-    assert len(list(batches)) == 32     # 32 tokens for each of 32 features
-    batches = distill.for_a_solve(itertools.count(), mixers, argparse.Namespace(
-        batch_size=64, seq_len=32))
-    assert len(list(batches)) == 8
+    for batch, count in ((tokens(1, 32), 32), (tokens(32, 32), 8)):
+        endless = itertools.count()
+        distill.solve_o_proj(model, mixers, (batch for _ in endless))
+        assert next(endless) == count
 
 
-@pytest.mark.parametrize("attn", MIXERS)
-@pytest.mark.parametrize("steps", (1, 8))
+@pytest.mark.parametrize("attn, steps", (("gdn", 1), ("gdn", 8), ("jet", 1), ("gla", 8)))
 def test_a_short_distillation_does_not_end_worse_than_it_began(
         lab, steps, attn, tmp_path, monkeypatch, capsys):
-    """Adam's first steps move every weight by the whole rate: they undid what was solved."""
+    """Adam's first steps move every weight by the whole rate: they undid what was solved. And no
+    product is rounded to TF32, which some containers switch on: too coarse for the solve."""
+    torch.set_float32_matmul_precision("high")
     code, result, err = call(distill_command(lab, tmp_path / "out", tokens=128 * steps, attn=attn),
                              monkeypatch, capsys)
-    assert code == 0, err
+    assert code == 0 and torch.get_float32_matmul_precision() == "highest", err
     start, end = (result["held_out"][when] for when in ("start", "end"))
     assert all(end[layer]["mse"] < start[layer]["mse"] for layer in end)
 
 
 def test_schedule_and_clip_are_per_layer(lab):
     """Warm-up, peak and floor as stated; a layer with a huge loss does not touch another's step."""
-    assert distill.learning_rate(0, 1000, 1.0) == pytest.approx(1 / 50)
-    assert distill.learning_rate(50, 1000, 1.0) == 1.0
-    assert distill.learning_rate(1000, 1000, 1.0) == pytest.approx(0.01)
-    assert distill.learning_rate(0, 1, 1.0) == pytest.approx(1 / 5)
-    assert distill.default_lr(1536) == distill.default_lr(4096) == 1e-3
+    for step, steps, rate in ((0, 1000, 1 / 50), (50, 1000, 1), (1000, 1000, 0.01), (0, 1, 1 / 5)):
+        assert distill.learning_rate(step, steps, 1.0) == pytest.approx(rate)
     model, _ = load_lab_model(lab)
     results = []
     for factor in (1.0, 1e4):
@@ -1232,81 +1206,84 @@ def killed_at_random(make_command, seed, kills=3):
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_killed_distillation_ends_in_the_same_tensors(lab, tmp_path):
+    """kill -9 at random moments, a resume after each: tensors, errors and log of one whole run."""
     make = lambda name: distill_command(lab, tmp_path / name, attn="jet", tokens=40000, resume=True)
     result = killed_at_random(make, seed=0)
-    for layer in range(4):
-        a, b = (load_file(distill.layer_file(tmp_path / n, layer)) for n in ("whole", "killed"))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_layers(tmp_path / "whole", tmp_path / "killed")
     a, b = (distill.read_run(tmp_path / n) for n in ("whole", "killed"))
     assert a["held_out"] == b["held_out"] == result["held_out"]
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
-            for n in ("whole", "killed")]
-    assert logs[0] == logs[1]
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "killed")
     assert not list(tmp_path.glob("killed/*checkpoint*"))
 
 
 def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, capsys):
-    """Stopped after each checkpoint, with its log torn, the run ends as if it had not been."""
-    flags = dict(attn="gla", tokens=640)                                # 5 steps
+    """Stopped after each checkpoint, with its log torn and half a checkpoint behind, the run ends
+    as if it had not been; once more, it prints its result."""
+    flags = dict(attn="gla", tokens=640, resume=True)                           # 5 steps
     assert call(distill_command(lab, tmp_path / "whole", **flags), monkeypatch, capsys)[0] == 0
-    wanted = [load_file(distill.layer_file(tmp_path / "whole", i)) for i in range(4)]
     save, out = distill.save_checkpoint, tmp_path / "stopped"
     for stop_at in range(6):
-        def save_and_die(path, step, *rest):
-            save(path, step, *rest)
-            if step == stop_at:
-                (path / f".checkpoint-{step}-0.safetensors.tmp").write_bytes(b"half")
+        def save_and_die(path, state, *rest):
+            save(path, state, *rest)
+            if state["step"] == stop_at:
+                (path / ".checkpoint.safetensors.tmp").write_bytes(b"half")
+                with open(path / "log.jsonl", "a") as file:
+                    file.write('{"event": "train", "st')
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(distill, "save_checkpoint", save_and_die)
-        assert call(distill_command(lab, out, resume=True, **flags), monkeypatch, capsys)[0] == 130
-        if stop_at:
-            with open(out / "log.jsonl", "a") as file:
-                file.write('{"event": "train", "st')
+        assert call(distill_command(lab, out, **flags), monkeypatch, capsys)[0] == 130
     monkeypatch.setattr(distill, "save_checkpoint", save)
-    assert call(distill_command(lab, out, resume=True, **flags), monkeypatch, capsys)[0] == 0
-    assert not [path for path in out.iterdir() if "checkpoint" in path.name]
-    for layer, tensors in enumerate(wanted):
-        again = load_file(distill.layer_file(out, layer))
-        assert all(torch.equal(again[k], tensors[k]) for k in tensors)
-    code, result, _ = call(distill_command(lab, out, resume=True, **flags), monkeypatch, capsys)
-    assert code == 0 and result["held_out"] == distill.read_run(out)["held_out"]
+    for _ in range(2):
+        code, result, _ = call(distill_command(lab, out, **flags), monkeypatch, capsys)
+        assert code == 0 and result["held_out"] == distill.read_run(out)["held_out"]
+    assert not list(out.glob("*checkpoint*"))
+    assert_same_layers(tmp_path / "whole", out)
+    assert log_rows(tmp_path / "whole") == log_rows(out)
 
 
-def test_file_corpus_is_packed_held_out_and_repeated(lab):
+def lab_corpus(lab, tokenizer, data=None, **flags):
+    args = argparse.Namespace(**{"data": str(data or lab / "corpus.jsonl"), "text_column": "text",
+                                 "seq_len": 16, "seed": 0, "batch_size": 4, "tokens": 64, **flags})
+    return distill.open_corpus(args, tokenizer), args
+
+
+def test_a_file_is_packed_held_out_and_repeated(lab, tmp_path):
+    """No token of a file is lost or trained on twice in a pass, the held-out chunks never are, and
+    a resume sees the later batches; whatever kind of file it is."""
+    import datasets
     _, tokenizer = load_lab_model(lab)
-    corpus = distill.FileCorpus(lab / "corpus.jsonl", "text", tokenizer, 16, seed=3)
-    texts = [json.loads(line)["text"] for line in (lab / "corpus.jsonl").read_text().splitlines()]
-    stream = tokenizer.encode(" ".join(texts))
+    text = (lab / "corpus.jsonl").read_bytes()
+    rows = list(map(json.loads, text.splitlines()))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "c").write_bytes(text)
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "c.parquet"))
+    (tmp_path / "c.txt").write_text(" ".join(row["text"] for row in rows))
+    stream = tokenizer.encode((tmp_path / "c.txt").read_text())
     chunks = torch.tensor(stream[: len(stream) // 16 * 16]).view(-1, 16)
-    assert torch.equal(corpus.held_out, chunks[-32:])
-    assert torch.equal(corpus.chunks, chunks[:-32])
-    n = len(corpus.chunks)
-    batches = corpus.batches(7, 0)
-    read = torch.cat([next(batches) for _ in range(2 * n)])             # 14 passes
-    as_sets = [sorted(map(tuple, part.tolist())) for part in read[: 3 * n].split(n)]
-    assert as_sets[0] == as_sets[1] == as_sets[2] == sorted(map(tuple, corpus.chunks.tolist()))
-    assert not torch.equal(read[:n], read[n: 2 * n])
-    later = corpus.batches(7, 5)
-    assert torch.equal(next(later), read[35:42])
+    n = len(chunks) - 32
+    for path in (lab / "corpus.jsonl", *tmp_path.iterdir()):
+        corpus, args = lab_corpus(lab, tokenizer, path, seed=3, batch_size=7)
+        assert torch.equal(corpus.held_out, chunks[-32:])
+        read = torch.cat(list(itertools.islice(distill.batches(corpus, args), n)))  # 7 passes
+        for part in read.split(n):
+            assert sorted(part.tolist()) == sorted(chunks[:-32].tolist())
+        assert not torch.equal(read[:n], read[n: 2 * n])
+        assert torch.equal(next(distill.batches(corpus, args, 5)), read[35:42])
 
 
-def test_documents_are_delimited(lab):
-    class Tokenizer:
-        bos_token_id, eos_token_id = 1, 2
-
-        def __init__(self, adds_bos):
-            self.adds_bos = adds_bos
-
-        def encode(self, text):
-            return [1] * self.adds_bos + [5, 6]
-
-    assert distill.encode_document(Tokenizer(True), "") == [1, 5, 6]
-    assert distill.encode_document(Tokenizer(False), "") == [5, 6, 2]
+def test_documents_are_delimited():
+    """Without a mark at their border a model would be trained to go on from one to the next."""
+    for begin, tokens_of_one in (([1], [1, 5, 6]), ([], [5, 6, 2])):
+        tokenizer = types.SimpleNamespace(bos_token_id=1, eos_token_id=2,
+                                          encode=lambda text: [*begin, 5, 6])
+        source = ("name", [{"text": "a"}] * 2, "text", 1.0)
+        assert list(distill.documents([source], tokenizer, {}, once=True)) == [tokens_of_one] * 2
 
 
-def test_stream_corpus_mixes_by_tokens_and_resumes(lab, tmp_path):
+def test_streams_are_mixed_by_tokens_and_resume(lab, tmp_path):
     """Two local datasets in place of Hub ids, through datasets' streaming: proportions by tokens,
     the held-out chunks never come back, a later start sees the same batches."""
     _, tokenizer = load_lab_model(lab)
@@ -1314,24 +1291,21 @@ def test_stream_corpus_mixes_by_tokens_and_resumes(lab, tmp_path):
     for name, low, length in (("a", 0, 50), ("b", 32, 10)):
         (tmp_path / name).mkdir()
         write_rows(tmp_path / name / "train.jsonl", [
-            {"body": evaluation.demo_text(rng.randrange(low, low + 32) for _ in range(length))}
+            {"body": distill.demo_text(rng.randrange(low, low + 32) for _ in range(length))}
             for _ in range(4000)])
-    spec = f"{tmp_path}/a@3,{tmp_path}/b@1"
-    corpus = distill.StreamCorpus(spec, "body", tokenizer, 16, seed=0)
-    batches = corpus.batches(8, 0)
-    read = [next(batches) for _ in range(40)]
-    share = (torch.cat(read) < 32).double().mean().item()
-    assert share == pytest.approx(0.75, abs=0.03)
+    flags = dict(data=f"{tmp_path}/a@3,{tmp_path}/b@1", text_column="body", batch_size=8)
+    corpus, args = lab_corpus(lab, tokenizer, **flags)
+    read = list(itertools.islice(distill.batches(corpus, args), 40))
+    assert (torch.cat(read) < 32).double().mean().item() == pytest.approx(0.75, abs=0.03)
     held_out = set(map(tuple, corpus.held_out.tolist()))
     assert len(corpus.held_out) == 32
     assert not held_out & set(map(tuple, torch.cat(read).tolist()))
-    again = distill.StreamCorpus(spec, "body", tokenizer, 16, seed=0).batches(8, 25)
-    assert torch.equal(next(again), read[25])
-    with pytest.raises(UserError, match="body"):
-        distill.StreamCorpus(spec, "text", tokenizer, 16, seed=0)
+    assert torch.equal(next(distill.batches(*lab_corpus(lab, tokenizer, **flags), 25)), read[25])
+    with pytest.raises(UserError, match="'text'; columns: body"):
+        lab_corpus(lab, tokenizer, **{**flags, "text_column": "text"})
 
 
-def test_rows_of_a_stream_without_text_are_skipped_and_counted(lab, tmp_path, monkeypatch, capsys):
+def test_rows_without_text_are_skipped_and_counted(lab, tmp_path, monkeypatch, capsys):
     """One null text would end a distillation, at the same row after every resume; a column that
     starts with nothing else is refused."""
     good = [json.loads(line) for line in (lab / "corpus.jsonl").read_text().splitlines()] * 15
@@ -1344,30 +1318,10 @@ def test_rows_of_a_stream_without_text_are_skipped_and_counted(lab, tmp_path, mo
         assert code == 0, err
     rows = distill.read_run(tmp_path / "nulls-out")["skipped_rows"][str(tmp_path / "nulls")]
     assert rows % 4 == 0 and f"corpus: {rows} rows of {tmp_path / 'nulls'} have no text" in err
-    clean, nulls = (load_file(distill.layer_file(tmp_path / f"{name}-out", 0))
-                    for name in ("clean", "nulls"))
-    assert all(torch.equal(clean[key], nulls[key]) for key in clean)
+    assert_same_layers(tmp_path / "clean-out", tmp_path / "nulls-out", [0])
     write_rows(tmp_path / "nulls" / "train.jsonl", [{"text": None}] * 200 + good)
-    with pytest.raises(UserError, match="no text in column 'text' of its first 100 rows"):
-        distill.StreamCorpus(str(tmp_path / "nulls"), "text", None, 16, seed=0)
-
-
-def test_a_file_of_any_kind_that_eval_reads_is_a_corpus(lab, tmp_path):
-    """Compressed and Parquet files were taken for Hub ids."""
-    import datasets
-    _, tokenizer = load_lab_model(lab)
-    text = (lab / "corpus.jsonl").read_bytes()
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(text))
-    (tmp_path / "c").write_bytes(text)
-    datasets.Dataset.from_list(list(map(json.loads, text.splitlines()))).to_parquet(
-        str(tmp_path / "c.parquet"))
-    corpora = [distill.open_corpus(argparse.Namespace(
-        data=str(path), text_column="text", seq_len=16, seed=0), tokenizer)
-        for path in (lab / "corpus.jsonl", *sorted(tmp_path.iterdir()))]
-    assert len(corpora) == 4
-    assert all(torch.equal(corpus.chunks, corpora[0].chunks) for corpus in corpora)
-    with pytest.raises(UserError, match="no such file"):
-        distill.open_corpus(argparse.Namespace(data="none.jsonl.gz"), tokenizer)
+    with pytest.raises(UserError, match="no text in column 'text'"):
+        lab_corpus(lab, None, tmp_path / "nulls")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2546,7 +2500,7 @@ def search_split(model, kind, batch_size):
             {"context": demo_words(rng, rng.randint(3, 9)), "gold": rng.randrange(3),
              "choices": [demo_words(rng, rng.randint(1, longest)) for _ in range(3)]}
             for _ in range(11)]
-    return evaluation.Prepared(task, docs, model, evaluation.demo_tokenizer(), batch_size,
+    return evaluation.Prepared(task, docs, model, distill.demo_tokenizer(), batch_size,
                                whole=kind == "whole")
 
 
@@ -2575,7 +2529,7 @@ def test_padding_reaches_no_further_than_the_positions(family):
     """Requests up to the model's limit, of very different length: in batches as one by one. Past a
     table of positions is an IndexError; past longrope's border every position's factors change."""
     limit, rng = 50, random.Random(0)
-    model, tokenizer = random_model(TABLES[family](limit), scale=2.0), evaluation.demo_tokenizer()
+    model, tokenizer = random_model(TABLES[family](limit), scale=2.0), distill.demo_tokenizer()
     sizes = ((limit - 1, 2), (3, limit - 4), (limit - 9, 9), (20, 7), (5, 3), (25, 25))
     docs = [{"context": demo_words(rng, n), "gold": 0,
              "choices": [demo_words(rng, m) for m in (m, m - 1, 1)]} for n, m in sizes]
@@ -2795,19 +2749,12 @@ def test_impact_scores(lab, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # Several processes, and one at a time
 
-def start_ranks(count, words, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-         ROOT / words[0], *map(str, words[1:])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
-
-
 def test_ranks_share_a_search(lab, runs, tmp_path, monkeypatch, capsys):
     """Two ranks, one of which dies, then three: order, scores and journal of one."""
     words = lambda name: replace_command(lab, runs["gla"], tmp_path / name, all=True, batch_size=2)
     code, _, err = call(words("one"), monkeypatch, capsys)
     assert code == 0, err
-    process, journal = start_ranks(2, words("many")), tmp_path / "many" / "search.jsonl"
+    process, journal = start(words("many"), ranks=2), tmp_path / "many" / "search.jsonl"
     while not journal.exists() or len(journal.read_bytes().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.02)
@@ -2816,74 +2763,58 @@ def test_ranks_share_a_search(lab, runs, tmp_path, monkeypatch, capsys):
     _, err = process.communicate()
     assert process.returncode != 0
     assert "what was saved before is intact" in err
-    process = start_ranks(3, words("many"))
+    process = start(words("many"), ranks=3)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert len(out.splitlines()) == 1 and json.loads(out)["cost"]["ranks"] == 3
     assert result_of(tmp_path / "one")[0] == result_of(tmp_path / "many")[0]
 
 
-@pytest.mark.parametrize("shard", ("batch", "layers"))
-def test_ranks_share_a_distillation(lab, shard, tmp_path, monkeypatch, capsys):
-    words = lambda name, **flags: distill_command(lab, tmp_path / name, attn="jet", **flags)
+def test_ranks_share_a_distillation(lab, tmp_path, monkeypatch, capsys):
+    """Two ranks that share each batch give one rank's losses, errors and, nearly, tensors."""
+    words = lambda name: distill_command(lab, tmp_path / name, attn="jet")
     assert call(words("one"), monkeypatch, capsys)[0] == 0
-    process = start_ranks(2, words("many", shard=shard))
+    process = start(words("many"), ranks=2)
     out, err = process.communicate()
-    assert process.returncode == 0, err
+    assert process.returncode == 0 and len(out.splitlines()) == 1, err
     for layer in range(4):
         a, b = (load_file(distill.layer_file(tmp_path / n, layer)) for n in ("one", "many"))
-        assert all(torch.equal(a[k], b[k]) if shard == "layers" else relative(b[k], a[k]) < 1e-3
-                   for k in a)
-    one, many = (distill.read_run(tmp_path / n)["held_out"]["end"] for n in ("one", "many"))
-    for layer in one:
-        assert many[layer]["mse"] == pytest.approx(one[layer]["mse"], rel=1e-5)
-    log = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()]
-           for n in ("one", "many")]
-    assert [row.keys() for row in log[0]] == [row.keys() for row in log[1]]
-    for a, b in zip(*log):
-        if a["event"] == "train":
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert all(relative(b[k], a[k]) < 1e-3 for k in a)
+    for a, b in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "many"), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        numbers = lambda row: row.get("loss") or {k: e["mse"] for k, e in row["errors"].items()}
+        assert numbers(b) == pytest.approx(numbers(a), rel=1e-5)
 
 
-@pytest.mark.parametrize("flags, why", (
-    (dict(batch_size=3), "cannot be divided among 2 processes"),
-    (dict(layers=1, shard="layers"), "2 processes have only 1 layers to divide")))
-def test_work_that_ranks_cannot_divide_is_refused(lab, flags, why, tmp_path, monkeypatch, capsys):
-    for module in (distill, evaluation):
-        monkeypatch.setattr(module, "world_size", lambda: 2)
-    code, _, err = call(distill_command(lab, tmp_path / "run", **flags), monkeypatch, capsys)
-    assert code == 2 and why in err and not (tmp_path / "run").exists()
+def test_gradients_are_averaged_over_ranks(lab, monkeypatch):
+    """Two ranks with half of a batch each take the step of the whole batch, to 1e-5."""
+    model, _ = load_lab_model(lab)
+    batch, added = tokens(6, 16), []
+    monkeypatch.setattr(distill, "CLIP", math.inf)
+
+    def step(rows, rate=1.0):
+        mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
+        sgd = torch.optim.SGD(mixers[1].parameters())
+        loss = distill.train_step(model, mixers, {1: sgd}, rows, rate)[1]
+        weights = torch.nn.utils.parameters_to_vector(mixers[1].parameters()).detach()
+        return torch.cat([loss[None], weights])
+
+    start, whole = step(batch, rate=0.0), step(batch)
+    monkeypatch.setattr(distill, "world_size", lambda: 2)
+    monkeypatch.setattr(distill, "add_up", lambda tensor: added.append(tensor.clone()) or tensor)
+    step(batch[1::2])
+    monkeypatch.setattr(distill, "add_up", lambda tensor: tensor.add_(added.pop(0)))
+    shared = step(batch[0::2])
+    assert not added and whole[0] == pytest.approx(shared[0].item(), rel=1e-5)
+    assert (shared - whole)[1:].norm() < 1e-5 * (whole - start)[1:].norm()
 
 
-def test_gradients_are_averaged_over_ranks(tmp_path):
-    """After one backward, every rank holds the gradient of the whole batch, to 1e-5."""
-    (tmp_path / "ranks.py").write_text("""
-import sys
-import tempfile
-sys.path.insert(0, sys.argv[1])
-import torch, distill, eval as evaluation, test_all
-evaluation.join_ranks("cpu")
-model = test_all.random_model(test_all.FAMILIES["llama"]())
-mixers = {rows: distill.make_mixers(model, "gdn", [1], "inherit", 0)[1] for rows in ("own", "all")}
-batch, rank = test_all.tokens(6, 16), evaluation.rank()
-for rows, mixer in mixers.items():
-    def visit(layer, hidden_states, target):
-        with torch.enable_grad():
-            loss = (mixer(hidden_states)[0] - target).square().mean()
-            loss.backward()
-        if rows == "own":
-            distill.average_over_ranks(mixer, loss)
-    distill.teacher_forward(model, batch[rank::3] if rows == "own" else batch, [1], visit)
-for own, all_ in zip(*(m.parameters() for m in mixers.values())):
-    error = (own.grad - all_.grad).norm() / (all_.grad.norm() + 1e-12)
-    assert error < 1e-5, error
-print("equal", flush=True)
-""")
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
-         tmp_path / "ranks.py", ROOT], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0 and process.stdout.count("equal") == 3, process.stderr
+def test_work_that_ranks_cannot_divide_is_refused(lab, tmp_path, monkeypatch, capsys):
+    """Unequal parts of a batch would weigh its chunks differently."""
+    monkeypatch.setattr(distill, "world_size", lambda: 2)
+    code, _, err = call(distill_command(lab, tmp_path / "run", batch_size=3), monkeypatch, capsys)
+    assert code == 2 and "not a multiple of the 2 processes" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_run_at_a_time(lab, runs, tmp_path, monkeypatch, capsys):
@@ -2902,98 +2833,22 @@ def test_one_run_at_a_time(lab, runs, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------
 # Another device: what would fail or wait on a GPU, seen without one
 
-OTHER_DEVICE = """
-import os, runpy, sys, torch, transformers, torch._dynamo
-from torch.utils import backend_registration as registration
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-
-aten, waits = torch.ops.aten, 0
-INDEXING = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
-
-class Far(torch.Tensor):            # a CPU tensor that says it is elsewhere
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, near):
-        far = torch.Tensor._make_wrapper_subclass(
-            cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(),
-            dtype=near.dtype, device=torch.device("far", 0))
-        far.near = near.detach()
-        return far
-
-    def untyped_storage(self):
-        return self.near.untyped_storage()
-
-    def data_ptr(self):
-        return self.near.data_ptr()
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return run(func, args, kwargs or {})
-
-def run(func, args, kwargs):
-    global waits
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    far, near = ([x for x in tensors if isinstance(x, Far) == is_far] for is_far in (True, False))
-    device = kwargs.get("device")
-    result_far = bool(far) if device is None else torch.device(device).type == "far"
-    if func is aten._fused_sdp_choice.default:
-        return 0
-    if func is aten.copy_.default:
-        result_far = isinstance(args[0], Far)
-    elif far and near and device is None and func not in INDEXING and not (
-            torch.Tag.pointwise in func.tags and all(x.dim() == 0 for x in near)):
-        raise RuntimeError(f"{func}: tensors on two devices")
-    masks = func in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
-    waits += bool(far) and (not result_far or masks or func in (
-        aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default))
-    if device is not None:
-        kwargs = {**kwargs, "device": "cpu"}
-    args, kwargs = tree_map(lambda x: x.near if isinstance(x, Far) else x, (args, kwargs))
-    out = func(*args, **kwargs)
-    same = {id(x.near): x for x in far}         # in-place operations return their operand
-    return tree_map(lambda x: same[id(x)] if id(x) in same else Far(x)
-                    if result_far and isinstance(x, torch.Tensor) else x, out)
-
-class Everywhere(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return run(func, args, kwargs or {})
-
-class Backend(registration._DummyBackendModule):
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-registration._setup_privateuseone_for_python_backend("far", backend_module=Backend())
-torch._C._set_only_lift_cpu_tensors(True)
-torch.__future__.set_overwrite_module_params_on_conversion(True)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-with Everywhere():
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        print("waits:", waits, file=sys.stderr)
-"""
-
-
-def on_another_device(words):
-    """Run a script on a device whose tensors refuse to mix with the CPU's -> how often the host
-    waited for a value from it."""
-    process = subprocess.run(
-        [sys.executable, "-c", OTHER_DEVICE, ROOT / words[0], *map(str, words[1:]), "--device",
-         "far", "--dtype", "float32"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0, process.stderr[-3000:]
-    return int(re.search(r"waits: (\d+)", process.stderr)[1])
-
-
+@needs_shared
+@pytest.mark.slow
 def test_distillation_on_another_device(lab, tmp_path):
     """A number made on the CPU among the device's would end it; a step that asks for its losses
     would wait for the device."""
-    waits = [on_another_device(distill_command(lab, tmp_path / str(steps), layers=0,
-                                               tokens=128 * steps)) for steps in (2, 3)]
-    saved = 3 * len(load_file(distill.layer_file(tmp_path / "3", 0)))       # with Adam's moments
+    waits = []
+    for steps in (2, 3):
+        words = distill_command(lab, tmp_path / str(steps), layers=0, tokens=128 * steps,
+                                device="gpu", dtype="float32")
+        run = subprocess.run(
+            [sys.executable, SHARED / "tools" / "pretend_gpu.py", *map(str, words)], cwd=ROOT,
+            capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        counts = run.stderr.split("brought back to the host:")[1]
+        waits.append(sum(map(int, re.findall(r"^ *(\d+)  ", counts, re.M))))
+    saved = 4 * len(load_file(distill.layer_file(tmp_path / "3", 0)))       # with Adam's state
     # a step waits once in transformers; one that is saved, for losses, weights and each tensor
     assert waits[1] - waits[0] == 1 + 2 + saved
 
@@ -3144,48 +2999,46 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, error, written, code, says):
 
 
 def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
+    """eval.py cannot make the demo: it says which script does."""
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(command("eval.py", model=lab / "model", task="copy"), monkeypatch, capsys)
-    assert code == 2 and "`python distill.py` makes the demo" in err
+    for words in (["eval.py"], command("eval.py", model=lab / "model", task="copy")):
+        code, _, err = call(words, monkeypatch, capsys)
+        assert code == 2 and "`python distill.py` makes the demo" in err
 
 
-def test_a_loss_that_is_not_finite_stops_with_layer_and_step(lab, tmp_path, monkeypatch, capsys):
-    code, _, err = call(distill_command(lab, tmp_path / "out", lr=1e30), monkeypatch, capsys)
-    assert code == 1 and re.search(r"layer \d is not finite at step \d", err), err
+@pytest.mark.parametrize("what", ("loss", "weights"))
+def test_no_checkpoint_holds_what_is_not_finite(lab, what, tmp_path, monkeypatch, capsys):
+    """A loss can be finite and its gradient not. Either way the layer and the step are named, and
+    the checkpoint from before is whole."""
+    train_step, calls = distill.train_step, itertools.count()
+
+    def broken(model, mixers, *args):
+        losses = train_step(model, mixers, *args)
+        if next(calls) == 7:         # a checkpoint follows
+            (losses[2] if what == "loss" else mixers[2].v_proj.weight.data[0]).mul_(torch.nan)
+        return losses
+
+    monkeypatch.setattr(distill, "train_step", broken)
+    monkeypatch.setattr(distill, "CHECKPOINTS", 4)
+    code, _, err = call(distill_command(lab, tmp_path), monkeypatch, capsys)
+    assert code == 1 and "weights of layer 2 are not finite after step 8" in err, err
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    assert saved and all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_no_checkpoint_holds_weights_that_are_not_finite(lab, tmp_path, monkeypatch, capsys):
-    """A loss can be finite and its gradient not; losses are looked at every few steps only. Either
-    way the layer and the step are named, and what was saved before is whole."""
-    train_step, tmp_path = distill.train_step, tmp_path / "out"
-    for what, message in (("loss", "the loss of layer 2 is not finite at step 7"),
-                          ("weights", "the weights of layer 2 are not finite after step 7")):
-        calls = itertools.count()
-
-        def broken(model, mixers, optimizers, *args):
-            losses = train_step(model, mixers, optimizers, *args)
-            if next(calls) == 7:         # a checkpoint follows
-                losses[2] = losses[2] * (torch.nan if what == "loss" else 1)
-                mixers[2].v_proj.weight.data[0] *= torch.nan
-            return losses
-
-        monkeypatch.setattr(distill, "train_step", broken)
-        monkeypatch.setattr(distill, "CHECKPOINTS", 4)
-        out = tmp_path.with_name(what)
-        code, _, err = call(distill_command(lab, out), monkeypatch, capsys)
-        assert code == 1 and message in err, err
-        saved, = out.glob("checkpoint-*.safetensors")
-        assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
-
-
-def test_a_teacher_with_nan_is_not_solved(lab):
+def test_a_teacher_with_nan_is_named_before_anything_is_saved(lab, tmp_path, monkeypatch, capsys):
     """A NaN of the teacher once went into the closed-form start, and from there to a checkpoint."""
-    model, _ = evaluation.load_model(str(lab / "model"))
-    next(p for name, p in model.named_parameters() if "layers.1.self_attn.o_proj" in name)[0, 0] = (
-        torch.nan)
-    mixers = distill.make_mixers(model, "gdn", [0, 1], "inherit", 0)
-    with pytest.raises(FloatingPointError, match="layer 1's attention module .* not finite"):
-        distill.solve_o_proj(model, mixers, [tokens(2, 16), tokens(2, 16, seed=1)])
+    load_model = distill.load_model
+
+    def damaged(*args, **kwargs):
+        model, tokenizer = load_model(*args, **kwargs)
+        attention_modules(model)[1].o_proj.weight.data[0, 0] = torch.nan
+        return model, tokenizer
+
+    monkeypatch.setattr(distill, "load_model", damaged)
+    code, _, err = call(distill_command(lab, tmp_path), monkeypatch, capsys)
+    assert code == 1 and "error of layer 1 is not finite: look for NaN" in err
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------------
