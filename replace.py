@@ -794,7 +794,7 @@ def show(entry):
                    if entry["of"] > 1 and "runs" in entry else "")
 
 
-def markdown(tables, unfinished, figures):
+def markdown(tables, figures, unfinished):
     """The report's lines."""
     yield ("Entries: the paper's number / ours ± standard error / difference; – where the paper has "
            "none; (2 of 3, sd): two of three runs have it, with this standard deviation. Scores in "
@@ -914,15 +914,16 @@ def draw(path, number, title, lines, xlabel, ylabel):
                   **style)
         axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if number == 2 else "linear")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    for axis in [axes.xaxis, axes.yaxis][: 2 if ylabel.startswith("layer") else 1]:
+        axis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", ncols=3)
     evaluation.write_atomic(path, lambda p: figure.savefig(p, dpi=200, format="png"))
     pyplot.close(figure)
 
 
 def make_report(args):
-    """Print the paper's tables beside ours, from the results below DIR, as Markdown (DIR/report.md),
-    and draw its figures into DIR/figures -> the same numbers as DIR/report.json."""
+    """Print the paper's tables beside ours, from the results below DIR, as Markdown, draw its
+    figures into DIR/figures, write both to DIR/report.md and DIR/report.json -> where they are."""
     folder = args.report
     if not folder.is_dir():
         raise UserError(f"--report {folder}: there is no such directory.")
@@ -949,13 +950,13 @@ def make_report(args):
             path.parent.mkdir(exist_ok=True)
             draw(path, number, *rest)
         drawn[f"Figure {number}"].append(f"figures/{path.name}" if matplotlib else "not drawn")
-    result = {"tables": tables, "unfinished": found["unfinished"],
-              "figures": {name: paths or ["not run"] for name, paths in drawn.items()}}
-    text = "\n".join(markdown(**result))
+    rest = {"figures": {name: paths or ["not run"] for name, paths in drawn.items()},
+            "unfinished": found["unfinished"]}
+    text = "\n".join(markdown(tables, **rest))
     print(text)
     evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(text + "\n"))
-    write_json(folder / "report.json", result)
-    return result
+    write_json(folder / "report.json", {"tables": tables, **rest})
+    return {"report": str(folder / "report.json"), **rest}
 
 
 # ------------------------------------------------------------------------------------------------
