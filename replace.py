@@ -607,40 +607,10 @@ def benchmark(args):
 # ------------------------------------------------------------------------------------------------
 # The report: the paper's tables beside ours and its figures, from the files below a directory
 
-# Test scores in percent. Table 1, P_best/replaced layers: for each of eval.MODELS GLA, GDN, JetBlock.
-# Table 2, Llama-3.2-3B-Instruct and JetBlock: P_base, P_opt/replaced layers, speed-up at 2,048 tokens.
-PAPER = {row.split()[0]: [[float(x) for x in entry.split("/")] for entry in row.split()[1:]]
-         for row in """
-arc_challenge     45.3/1 45.7/3 45.2/2 44.7/6 43.1/2 46.5/4 55.4/2 57.1/7 55.5/2 46.4 43.3/10 1.47
-arc_easy          74.0/2 74.4/4 74.7/2 69.8/5 70.2/8 70.8/4 80.7/7 81.5/9 80.7/2 67.9 66.5/11 1.54
-boolq             75.4/3 76.0/3 75.2/3 80.2/9 80.3/11 80.5/10 85.1/13 84.7/12 84.6/4 78.6 76.5/16 2.13
-commonsense_qa    75.1/1 74.8/1 74.1/4 68.4/6 64.8/7 68.2/3 75.1/2 75.7/2 77.3/10 67.7 64.7/11 1.54
-hellaswag         50.2/2 50.4/2 52.9/4 52.4/3 52.4/1 54.8/3 59.3/2 59.3/1 59.3/2 52.4 49.7/9 1.38
-openbookqa        40.8/2 40.0/2 40.8/8 36.2/10 37.0/3 37.6/2 43.8/4 43.4/5 44.4/8 36.0 34.8/13 1.42
-piqa              75.7/3 75.3/2 75.0/7 73.9/6 75.0/2 75.8/8 80.1/1 79.7/2 80.1/1 75.5 71.9/14 1.86
-winogrande        63.7/3 63.3/5 64.2/6 67.2/4 68.0/5 68.1/4 74.2/6 75.1/10 74.5/2 68.0 64.1/12 1.61
-gsm8k             61.3/3 60.9/1 60.1/1 63.8/1 63.6/1 63.2/1 76.3/2 77.0/2 75.1/1 63.9 59.6/6 1.24
-mathqa            36.4/3 36.3/2 35.8/3 35.7/4 35.8/4 35.3/3 41.0/4 41.1/7 40.8/3 34.5 33.5/10 1.47
-humaneval         48.2/1 48.2/1 47.6/1 54.9/1 53.1/1 54.3/1 62.8/1 65.2/4 64.6/1 51.2 48.8/6 1.24
-mbpp              52.9/2 52.7/2 52.7/2 58.2/2 57.1/2 56.6/1 64.3/2 63.8/2 62.9/2 54.8 52.7/5 1.17
-swde              89.3/5 89.4/3 89.1/3 89.0/4 87.7/5 88.4/4 92.3/5 92.4/8 91.6/3 85.8 81.8/11 1.54
-longbench_samsum  44.4/4 43.9/4 43.8/3 42.5/2 42.3/1 42.9/2 45.1/1 45.1/3 44.5/1 42.4 40.0/10 1.47
-longbench_trec    75.0/4 76.0/5 76.0/5 76.0/4 75.0/5 76.0/5 77.0/5 77.5/4 78.0/6 72.0 68.5/10 1.47
-mmlu_econometrics 45.6/1 43.9/1 46.5/2 39.5/1 36.0/5 39.3/2 53.5/1 50.9/1 53.5/1 39.5 35.7/10 1.47
-mmlu_marketing    82.5/2 83.8/4 83.8/1 82.5/2 86.8/2 87.2/1 90.2/1 89.3/7 89.7/4 86.8 79.4/10 1.47
-pubmedqa          72.2/7 72.2/9 68.4/6 72.2/7 72.0/6 73.0/6 78.0/13 77.6/12 78.4/8 69.8 68.8/15 1.98
-""".strip().splitlines()}
-PAPER_MIXERS = ("gla", "gdn", "jet")
-PAPER_GPU_HOURS = (2.5, 2.5), (4.0, 3.0), (8.0, 7.0)    # Table 3, of each model: both phases
-PAPER_ORDERS = {    # Table 4, Qwen2.5-1.5B, JetBlock: test score, layers; greedy and impact order
-    "pubmedqa": (70.2, "4 8 12 19 21 22 23 24 25 26", 66.4, "0 6 10 13 17 20 22 23 26 27"),
-    "commonsense_qa": (64.8, "2 3 6 10 14 19 23 24 25 26", 61.3, "4 5 7 10 13 14 17 24 25 27"),
-    "boolq": (73.0, "2 5 10 18 19 22 23 24 25 26", 70.4, "1 5 10 11 14 18 19 20 26 27")}
-TABLE_1 = "Table 1, {}: test score of M_best, and its linear layers".format
-TABLE_2 = "Table 2, {}, {}: test score of M_opt, which keeps 95 % of the validation score".format
-TABLE_3 = "Table 3, {}: hours of one device".format
-TABLE_4 = "Table 4, {}, {}: test score with 10 of every 28 layers linear, by order".format
-
+PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
+TITLES = {"Table 1": "test score of M_best, and its number of linear layers",
+          "Table 2": "test score of M_opt, which keeps 95 % of the validation score",
+          "Table 3": "hours of one device", "Table 4": "10 of every 28 layers linear, by order"}
 # Lines differ in marker and dashes, so that they need no colour; the colours are Okabe and Ito's.
 STYLES = [dict(color=color, marker=marker, linestyle=dashes, markersize=size, markerfacecolor="none")
           for color, marker, dashes, size in zip(
@@ -648,24 +618,21 @@ STYLES = [dict(color=color, marker=marker, linestyle=dashes, markersize=size, ma
               ("-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 3))), (11, 9, 8, 6, 6, 5))]
 
 
-def task_name(task):
-    """The harness's name of a task, or the stem of a file's name."""
-    known = evaluation.TASKS.named(task)
-    return known.name if known else Path(task).stem.removesuffix("-validation")
-
-
 def read_results(folder):
-    """{"result": [records], "distill": ..., "unfinished": [folders]}: the result files below
-    `folder` by their names. A search gets a "key", (model, mixer, task), and "rows": what all
-    journals hold of the same modules on the same documents."""
+    """{"result": [records], "distill": ..., "unfinished": [folders], "paper": tables}: the files
+    below `folder` by their names. Records get a "key", (model, mixer, task), as far as they have
+    one; searches get "rows", all journals' of the same modules on the same documents."""
     found, journals = {n: [] for n in ("result", "distill", "eval", "throughput", "finetune")}, {}
-    path = folder
+    path = PAPER
     try:
+        paper = json.loads(path.read_text())["tables"]
         for path in sorted(path for path in folder.rglob("*.json") if path.stem in found):
             run = json.loads(path.read_text()) | {"path": path}
+            run["key"] = (Path(run.get("base_model") or run.get("model", "")).name,
+                          run.get("attn") or run.get("mixer") or "hybrid",
+                          task_name(run.get("task", "")))
             found[path.stem].append(run)
             if path.stem == "result":
-                run["key"] = Path(run["model"]).name, run["attn"], task_name(run["task"])
                 same = str((run["key"], run["blocks"], run["metric"], run["n"]))
                 run["rows"] = journals.setdefault(same, {})
                 path = path.with_name("search.jsonl")
@@ -675,73 +642,18 @@ def read_results(folder):
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); run its command "
                         "again or delete it.")
-    found["unfinished"] = sorted(
-        [str(path.parent) for path in folder.rglob("search.jsonl")
-         if not path.with_name("result.json").exists()]
-        + [str(run["path"].parent) for run in found["distill"] if not run["finished"]])
+    unfinished = [path.parent for path in folder.rglob("search.jsonl")
+                  if not path.with_name("result.json").exists()]
+    unfinished += [run["path"].parent for run in found["distill"] if not run["finished"]]
     found["result"] = [run for run in found["result"] if run["strategy"] != "greedy"
                        or run["steps"][0]["runner_up"] is not None]     # else --layers gave the set
-    return found
+    return found | {"paper": paper, "unfinished": sorted(map(str, unfinished))}
 
 
-def paper_rows():
-    """(table, row, {column: the number or text that the paper prints})."""
-    models = evaluation.MODELS
-    for task, (*cells, base, opt, speed) in PAPER.items():
-        for i, model in enumerate(models):
-            columns = {"base": evaluation.TASKS[task].paper[model]}
-            for attn, (best, layers) in zip(PAPER_MIXERS, cells[3 * i:]):
-                columns |= {attn: best, f"{attn} layers": layers}
-            yield TABLE_1(model), task, columns
-        yield TABLE_2(models[1], "jet"), task, {
-            "base": base[0], "M_opt": opt[0], "drop, %": 100 * (1 - opt[0] / base[0]),
-            "layers": opt[1], "speed-up at 2,048": speed[0]}
-    for model, (distillation, search) in zip(models, PAPER_GPU_HOURS):
-        yield TABLE_3("jet"), f"{model}, pubmedqa", {       # the paper does not name the mixer
-            "device": "A800", "distillation": distillation, "M tokens": 100, "search": search}
-    for task, numbers in PAPER_ORDERS.items():
-        columns = "greedy", "greedy layers", "impact", "impact layers"
-        yield TABLE_4(models[0], "jet"), task, dict(zip(columns, numbers))
-
-
-def our_rows(found):
-    """The same of every run, a number as (number, standard error, documents), or None."""
-    def hours(costs, seconds="seconds", n=None):
-        return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
-
-    for record in found["eval"]:
-        for row in () if record["linear_layers"] else record["results"]:
-            yield TABLE_1(Path(record["model"]).name), task_name(row["task"]), {
-                "base": (100 * row["value"], 100 * row["stderr"], row["n"])}
-    rates = {(Path(record["model"]).name, record["mixer"]): speeds(record).get(2048, {})
-             for record in found["throughput"]}
-    for run in found["result"]:
-        (model, attn, task), order = run["key"], run["strategy"]
-        base, best, opt = (scored(run, "test", layers) for layers in (
-            (), run["best"]["layers"], run["opt"]["layers"]))
-        if order in ("greedy", "impact"):
-            known = run.get("impact") or {layer for _, layers in run["rows"] for layer in layers}
-            for layers in (x for x in run["sets"] if len(x) == round(len(known) * 10 / 28)):
-                yield TABLE_4(model, attn), task, {
-                    order: scored(run, "test", layers), f"{order} layers": " ".join(map(str, layers)),
-                    f"{order}, validation": scored(run, "validation", layers)}
-        if order != "greedy":
-            continue
-        yield TABLE_1(model), task, {
-            "base": base, attn: best, f"{attn} layers": (len(run["best"]["layers"]), None, None)}
-        count, at = len(run["opt"]["layers"]), rates.get((model, attn), {})
-        if abs(run["p_min"] - 0.95 * run["p_base"]) < SLACK:
-            yield TABLE_2(model, attn), task, {
-                "base": base, "M_opt": opt, "drop, %": drop(run), "layers": (count, None, None),
-                "speed-up at 2,048": {0, count} <= set(at) and (at[count] / at[0], None, None)}
-        blocks = [Path(name).resolve() for name in run["blocks"].split(",")]
-        costs = [record["cost"] for record in found["distill"] if record["finished"]
-                 and record["path"].parent.resolve() in blocks]
-        yield TABLE_3(attn), f"{model}, {task}", {
-            "device": run["cost"]["device"], "distillation": hours(costs),
-            "M tokens": costs and (costs[0]["tokens"] / 1e6, None, None),
-            "search": hours([run["cost"]], "search_seconds", run["n"]["validation"]),
-            "evaluations": (run["cost"]["evaluations"], None, None)}
+def task_name(task):
+    """The harness's name of a task, or the stem of a file's name."""
+    known = evaluation.TASKS.named(task)
+    return known.name if known else Path(task).stem.removesuffix("-validation")
 
 
 def scored(run, split, layers):
@@ -754,9 +666,9 @@ def drop(run):
     """The same for M_opt's drop on test, in percent of the base's score, from paired documents."""
     base, opt = (run["rows"].get(("test", tuple(layers))) for layers in ((), run["opt"]["layers"]))
     if base and opt and base["score"]:
-        gaps = (np.array(base["items"], float) - np.array(opt["items"], float)) / base["score"]
-        error = gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5
-        return 100 * float(gaps.mean()), 100 * float(error), len(gaps)
+        gaps = np.array(base["items"], float) - np.array(opt["items"], float)
+        gaps *= 100 / base["score"]
+        return gaps.mean(), gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5, len(gaps)
 
 
 def speeds(record):
@@ -767,27 +679,66 @@ def speeds(record):
     return table
 
 
-def cell(paper=(), ours=()):
-    """One entry of a table: what the paper prints, if anything, and the mean of ours. Runs (seeds)
-    score the same documents, so the mean has about the standard error of one; "spread" is the
+def our_rows(found):
+    """(table, row, {column: text, (number, standard error, documents) or None}) of every run."""
+    def hours(costs, seconds="seconds", n=None):
+        return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
+
+    for record in found["eval"]:
+        for row in () if record["linear_layers"] else record["results"]:
+            yield f"Table 1, {record['key'][0]}", task_name(row["task"]), {
+                "base": (100 * row["value"], 100 * row["stderr"], row["n"])}
+    rates = {record["key"][:2]: speeds(record).get(2048, {}) for record in found["throughput"]}
+    for run in found["result"]:
+        (model, attn, task), order = run["key"], run["strategy"]
+        if order in ("greedy", "impact"):
+            known = run.get("impact") or {layer for _, layers in run["rows"] for layer in layers}
+            for chosen in (x for x in run["sets"] if len(x) == round(len(known) * 10 / 28)):
+                yield f"Table 4, {model}, {attn}", task, {
+                    order: scored(run, "test", chosen),
+                    f"{order} layers": " ".join(map(str, chosen)),
+                    f"{order}, validation": scored(run, "validation", chosen)}
+        if order != "greedy":
+            continue
+        base, best, opt = (scored(run, "test", layers) for layers in (
+            (), run["best"]["layers"], run["opt"]["layers"]))
+        yield f"Table 1, {model}", task, {
+            "base": base, attn: best, f"{attn} layers": (len(run["best"]["layers"]), None, None)}
+        count, at = len(run["opt"]["layers"]), rates.get((model, attn), {})
+        if abs(run["p_min"] - 0.95 * run["p_base"]) < SLACK:
+            yield f"Table 2, {model}, {attn}", task, {
+                "base": base, "M_opt": opt, "drop, %": drop(run), "layers": (count, None, None),
+                "speed-up at 2,048": {0, count} <= set(at) and (at[count] / at[0], None, None)}
+        blocks = [Path(name).resolve() for name in run["blocks"].split(",")]
+        costs = [record["cost"] for record in found["distill"] if record["finished"]
+                 and record["path"].parent.resolve() in blocks]
+        yield f"Table 3, {attn}", f"{model}, {task}", {
+            "device": run["cost"]["device"], "distillation": hours(costs),
+            "M tokens": costs and (costs[0]["tokens"] / 1e6, None, None),
+            "search": hours([run["cost"]], "search_seconds", run["n"]["validation"]),
+            "evaluations": (run["cost"]["evaluations"], None, None)}
+
+
+def cell(paper=None, ours=()):
+    """One entry of a table: the paper's number, if it prints one, and the mean of ours. The seeds'
+    runs score the same documents, so the mean has about the standard error of one; "spread" is the
     standard deviation between the "runs" that have the number, out of "of"."""
-    entry = {"paper": next(iter(paper), None), "ours": None, "of": len(ours)}
+    entry = {"paper": paper, "ours": None, "of": len(ours)}
     ours = [value for value in ours if value]
     if not ours or isinstance(ours[0], str):
         return entry | {"ours": "; ".join(dict.fromkeys(ours)) or None}
     numbers, errors, documents = zip(*ours)
-    mean, spread = np.mean(numbers), np.std(numbers, ddof=len(ours) > 1)
+    mean, spread = float(np.mean(numbers)), float(np.std(numbers, ddof=len(ours) > 1))
     return entry | {
-        "ours": float(mean), "difference": float(mean - entry["paper"]) if paper else None,
-        "n": documents[0], "stderr": None if None in errors else float(np.mean(errors)),
-        "runs": len(ours), "spread": round(float(spread), 9)}
+        "ours": mean, "difference": None if paper is None else mean - paper, "n": documents[0],
+        "stderr": None if None in errors else float(np.mean(errors)), "runs": len(ours),
+        "spread": round(spread, 9)}
 
 
 def show(entry):
     """paper / ours ± standard error / difference (runs that have it, their spread)."""
-    paper, ours = ("–" if x is None else x if isinstance(x, str) else f"{x:.3g}"
-                   for x in (entry["paper"], entry["ours"]))
-    text = f"{paper} / {'not run' if entry['ours'] is None else ours}"
+    text = " / ".join(missing if x is None else x if isinstance(x, str) else f"{x:.3g}"
+                      for x, missing in ((entry["paper"], "–"), (entry["ours"], "not run")))
     text += f" ± {entry['stderr']:.2g}" if entry.get("stderr") is not None else ""
     text += f" / {entry['difference']:+.2g}" if entry.get("difference") is not None else ""
     return text + (f" ({entry['runs']} of {entry['of']}, sd {entry['spread']:.2g})"
@@ -796,42 +747,36 @@ def show(entry):
 
 def markdown(tables, figures, unfinished):
     """The report's lines."""
-    yield ("Entries: the paper's number / ours ± standard error / difference; – where the paper has "
-           "none; (2 of 3, sd): two of three runs have it, with this standard deviation. Scores in "
+    yield ("Entries: the paper's number / ours ± standard error / difference; –: the paper has none; "
+           "(2 of 3, sd): two of three runs have it, with this standard deviation. Scores in "
            "percent of n documents.")
-    for title, rows in tables.items():
+    for name, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        yield f"\n## {title}\n\n| | n | " + " | ".join(columns) + " |"
+        yield f"\n## {name}: {TITLES[name[:7]]}\n\n| | n | " + " | ".join(columns) + " |"
         yield "|---" * (len(columns) + 2) + "|"
         for name, row in rows.items():
             counts = dict.fromkeys(str(entry["n"]) for entry in row.values() if entry.get("n"))
             shown = [show(row.get(column) or cell()) for column in columns]
             yield f"| {name} | {', '.join(counts) or '–'} | " + " | ".join(shown) + " |"
-    for name, paths in figures.items():
-        shown = [f"![{name}]({path})" if path.endswith(".png") else path for path in paths]
-        yield f"\n## {name}\n\n" + "\n".join(shown)
+    for name, drawn in figures.items():
+        yield f"\n## {name}\n"
+        yield from [drawn] if isinstance(drawn, str) else [
+            f"![{' '.join(title.split())}]({path})" for path, title in drawn.items()]
     yield from (f"\n{folder}: not finished" for folder in unfinished)
 
 
 def grouped(records, group, line):
-    """{group: {line: [records]}}, both named by functions of a record."""
+    """(group, {line: [records]}) of all groups; both are functions of a record."""
     groups = {}
     for record in records:
         groups.setdefault(group(record), {}).setdefault(line(record), []).append(record)
-    return groups
+    return groups.items()
 
 
-def curves(runs):
-    """[{linear layers: validation score in percent} of every run]."""
-    return [dict(enumerate(100 * p for p in [run["p_base"], *run["validation"]])) for run in runs]
-
-
-def caption(groups):
-    """What the scores of {line: [searches]} are."""
-    run = next(iter(groups.values()))[0]
-    error = 100 * max(step["stderr"] for step in run["steps"])
-    return (f"{run['key'][0]}, {run['key'][2]}: {run['metric']} on validation, "
-            f"n = {run['n']['validation']}, standard error up to {error:.1f}")
+def curves(groups):
+    """{line: [{linear layers: validation score in percent} of every run]}."""
+    return {line: [dict(enumerate(100 * p for p in [run["p_base"], *run["validation"]]))
+                   for run in runs] for line, runs in groups.items()}
 
 
 def agreement(runs, others):
@@ -840,45 +785,47 @@ def agreement(runs, others):
     steps = [[(run["order"].index(layer), other["order"].index(layer))
               for layer in run["order"] if layer in other["order"]]
              for run, other in itertools.product(runs, others)]
-    return np.mean([spearman(*zip(*pairs)) if len(pairs) > 1 else math.nan for pairs in steps])
+    return np.mean([spearman(*zip(*pairs)) if len(pairs) > 1 else np.nan for pairs in steps])
 
 
 def figures(found):
-    """(number, name, title, lines, label of x, label of y) of every figure that has data. lines:
-    {label: [{x: y} of every run]}."""
+    """(number, name, title, {line: [{x: y} of every run]}, label of x, label of y) of every figure
+    that has data."""
     layers, score = "linear layers", "score, %"
+
+    def caption(groups):
+        run = next(iter(groups.values()))[0]
+        error = 100 * max(step["stderr"] for step in run["steps"])
+        return (f"{run['key'][0]}, {run['key'][2]}: {run['metric']} on validation, "
+                f"n = {run['n']['validation']}, standard error up to {error:.1f}")
+
     for record in found["throughput"]:
-        name = Path(record["model"]).name, record["mixer"] or "hybrid"
-        title = f"{', '.join(name)}, {record['dtype']}, {record['device']}: decoding, largest batch"
-        lines = {f"context {context:,}": [at] for context, at in speeds(record).items()}
-        yield 2, "-".join(name), title, lines, layers, "tokens per second"
-        lines = {context: [{k: rate / at[0] for k, rate in at.items()}]
-                 for context, (at,) in lines.items() if 0 in at}
-        if name == (evaluation.MODELS[1], "jet"):
-            lines["paper, context 2,048"] = [{opt[1]: gain[0] for *_, opt, gain in PAPER.values()}]
-        if lines:
-            yield 2, "-".join(name) + "-gain", title, lines, layers, "speed-up over the base"
-    for (model, task), mixers in grouped(
-            [run for run in found["result"] if run["strategy"] == "greedy"],
-            lambda run: run["key"][::2], lambda run: run["attn"]).items():
-        name, title = f"{model}-{task}", caption(mixers)
-        lines = {attn: curves(runs) for attn, runs in mixers.items()}
-        if model in evaluation.MODELS and task in PAPER:
-            points = PAPER[task][3 * evaluation.MODELS.index(model):]
-            lines |= {f"paper's M_best on test, {attn}": [{count: best}]
-                      for attn, (best, count) in zip(PAPER_MIXERS, points)}
-        yield 3, f"{name}-score", title, lines, layers, score
-        title += "\norder of greedy search; Spearman: " + (", ".join(
+        (model, mixer, _), rates = record["key"], speeds(record)
+        title = f"{model}, {mixer}, {record['dtype']}, {record['device']}: decoding, largest batch"
+        lines = {f"context {context:,}": [at] for context, at in rates.items()}
+        printed = found["paper"].get(f"Table 2, {model}, {mixer}", {}).values()
+        if printed and 0 in rates.get(2048, {}):
+            lines["paper's speed-up of our base, context 2,048"] = [{
+                row["layers"]: row["speed-up at 2,048"] * rates[2048][0] for row in printed}]
+        yield 2, f"{model}-{mixer}", title, lines, layers, "tokens per second"
+    searches = [run for run in found["result"] if run["strategy"] == "greedy"]
+    for (model, task), mixers in grouped(searches, lambda run: run["key"][::2],
+                                         lambda run: run["attn"]):
+        printed = found["paper"].get(f"Table 1, {model}", {}).get(task, {})
+        lines = curves(mixers) | {
+            f"paper's M_best on test, {attn}": [{printed[f"{attn} layers"]: printed[attn]}]
+            for attn in mixers if printed}
+        yield 3, f"{model}-{task}-score", caption(mixers), lines, layers, score
+        title = f"{caption(mixers)}\norder of greedy search, Spearman: " + (", ".join(
             f"{a}-{b} {agreement(mixers[a], mixers[b]):.2f}"
             for a, b in itertools.combinations(mixers, 2)) or "one mixer")
         lines = {attn: [dict(enumerate(runs[0]["order"], 1))] for attn, runs in mixers.items()}
-        yield 3, f"{name}-order", title, lines, "step", "layer replaced (first run)"
+        yield 3, f"{model}-{task}-order", title, lines, "step", "layer replaced (first run)"
     for key, orders in grouped(found["result"], lambda run: run["key"],
-                               lambda run: run["strategy"]).items():
+                               lambda run: run["strategy"]):
         title, lines = f"{key[1]}, {caption(orders)}", {}
         if len(orders) > 1:
-            curves_of = {order: curves(runs) for order, runs in orders.items()}
-            yield 4, "-".join(key), title, curves_of, layers, score
+            yield 4, "-".join(key), title, curves(orders), layers, score
         for run, first in itertools.product(orders.get("impact", ()), orders.get("greedy", ())):
             if run["blocks"] == first["blocks"]:
                 points = {step: run["impact"][str(layer)]["impact"]
@@ -888,16 +835,15 @@ def figures(found):
                 lines[f"{run['blocks']}: Spearman {rank}"] = [points]
         if lines:
             yield 6, "-".join(key), title, lines, "step of greedy search", "impact score"
-    for (model, task), tuned in grouped(
-            found["finetune"], lambda run: (Path(run["base_model"]).name, task_name(run["task"])),
-            lambda run: (run["mixer"] or "base", run["seed"])).items():
+    for key, tuned in grouped(found["finetune"], lambda run: run["key"][::2],
+                              lambda run: (run["mixer"] or "base", run["seed"])):
         run, lines = next(iter(tuned.values()))[0], {}
-        title = (f"{model}, {task}: fine-tuning; {run['metric']} on {run['split']}, n = "
+        title = (f"{', '.join(key)}: fine-tuning, {run['metric']} on {run['split']}, n = "
                  f"{run['after']['n']}, standard error {100 * run['after']['stderr']:.1f}")
         for ((mixer, _), runs), when in itertools.product(tuned.items(), ("before", "after")):
-            lines.setdefault(f"{mixer}, {when}", []).append(
-                {len(run["linear_layers"]): 100 * run[when]["score"] for run in runs})
-        yield 5, f"{model}-{task}", title, lines, layers, score
+            points = {len(run["linear_layers"]): 100 * run[when]["score"] for run in runs}
+            lines.setdefault(f"{mixer}, {when}", []).append(points)
+        yield 5, "-".join(key), title, lines, layers, score
 
 
 def draw(path, number, title, lines, xlabel, ylabel):
@@ -929,29 +875,28 @@ def make_report(args):
         raise UserError(f"--report {folder}: there is no such directory.")
     if args.model or args.blocks or args.task or args.out or args.benchmark:
         raise UserError("--report reads files and runs nothing: leave all other flags out.")
-    found, tables = read_results(folder), {}
-    numbers = collections.defaultdict(lambda: {"paper": [], "ours": []})
-    for source, rows in (("paper", paper_rows()), ("ours", our_rows(found))):
-        for table, row, columns in rows:
-            for column, number in columns.items():
-                numbers[table, row, column][source].append(number)
-    for table, row, column in sorted(numbers, key=lambda place: place[0][:len("Table 1")]):
-        entry = cell(**numbers[table, row, column])
+    found, ours = read_results(folder), collections.defaultdict(list)
+    places = {(table, row, column): number for table, rows in found["paper"].items()
+              for row, columns in rows.items() for column, number in columns.items()}
+    for table, row, columns in our_rows(found):
+        for column, number in columns.items():
+            ours[table, row, column].append(number)
+    tables = {}
+    for table, row, column in sorted(places | ours, key=lambda place: place[0][:7]):
+        entry = cell(places.get((table, row, column)), ours[table, row, column])
         tables.setdefault(table, {}).setdefault(row, {})[column] = entry
-    drawn = {f"Figure {number}": [] for number in range(2, 7)}
     try:
         import matplotlib
         matplotlib.use("Agg")
     except ImportError:
         matplotlib = log("figures are not drawn: matplotlib is missing (pip install matplotlib)")
-    for number, name, *rest in figures(found):
-        path = folder / "figures" / f"fig{number}-{name}.png"
-        if matplotlib:
-            path.parent.mkdir(exist_ok=True)
-            draw(path, number, *rest)
-        drawn[f"Figure {number}"].append(f"figures/{path.name}" if matplotlib else "not drawn")
-    rest = {"figures": {name: paths or ["not run"] for name, paths in drawn.items()},
-            "unfinished": found["unfinished"]}
+    drawn = {f"Figure {number}": {} for number in range(2, 7)}
+    for number, name, title, *rest in figures(found) if matplotlib else ():
+        path = evaluation.make_output_dir(folder / "figures") / f"fig{number}-{name}.png"
+        draw(path, number, title, *rest)
+        drawn[f"Figure {number}"][f"figures/{path.name}"] = title
+    rest = {"unfinished": found["unfinished"], "figures": {
+        name: paths or ("not run" if matplotlib else "not drawn") for name, paths in drawn.items()}}
     text = "\n".join(markdown(tables, **rest))
     print(text)
     evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(text + "\n"))
@@ -992,8 +937,8 @@ def parse_args():
     parser.add_argument("--benchmark", action="store_true", help="no search: time both phases on a "
                         "random model of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N "
                         "searches on N of 500 items")
-    parser.add_argument("--report", metavar="DIR", type=Path, help="no search: the paper's tables and "
-                        "figures beside ours, from the result files below DIR")
+    parser.add_argument("--report", metavar="DIR", type=Path, help="no search: the paper's tables "
+                        "and figures beside ours, from the result files below DIR")
     parser.add_argument("--out", help="directory for the journal, the result and the checkpoints")
     return parser.parse_args()
 
