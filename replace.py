@@ -741,8 +741,9 @@ def show(entry):
                       for x, missing in ((entry["paper"], "–"), (entry["ours"], "not run")))
     text += f" ± {entry['stderr']:.2g}" if entry.get("stderr") is not None else ""
     text += f" / {entry['difference']:+.2g}" if entry.get("difference") is not None else ""
-    return text + (f" ({entry['runs']} of {entry['of']}, sd {entry['spread']:.2g})"
-                   if entry["of"] > 1 and "runs" in entry else "")
+    if entry.get("spread") or entry.get("runs", entry["of"]) < entry["of"]:
+        text += f" ({entry['runs']} of {entry['of']}, sd {entry['spread']:.2g})"
+    return text
 
 
 def markdown(tables, figures, unfinished):
@@ -761,7 +762,7 @@ def markdown(tables, figures, unfinished):
     for name, drawn in figures.items():
         yield f"\n## {name}\n"
         yield from [drawn] if isinstance(drawn, str) else [
-            f"![{' '.join(title.split())}]({path})" for path, title in drawn.items()]
+            f"![{title}]({path})" for path, title in drawn.items()]
     yield from (f"\n{folder}: not finished" for folder in unfinished)
 
 
@@ -816,24 +817,24 @@ def figures(found):
             f"paper's M_best on test, {attn}": [{printed[f"{attn} layers"]: printed[attn]}]
             for attn in mixers if printed}
         yield 3, f"{model}-{task}-score", caption(mixers), lines, layers, score
-        title = f"{caption(mixers)}\norder of greedy search, Spearman: " + (", ".join(
-            f"{a}-{b} {agreement(mixers[a], mixers[b]):.2f}"
-            for a, b in itertools.combinations(mixers, 2)) or "one mixer")
+        ranks = [f"{a}-{b} {agreement(mixers[a], mixers[b]):.2f}"
+                 for a, b in itertools.combinations(mixers, 2)]
+        title = f"{caption(mixers)}; Spearman between orders: {', '.join(ranks) or 'one mixer'}"
         lines = {attn: [dict(enumerate(runs[0]["order"], 1))] for attn, runs in mixers.items()}
         yield 3, f"{model}-{task}-order", title, lines, "step", "layer replaced (first run)"
     for key, orders in grouped(found["result"], lambda run: run["key"],
                                lambda run: run["strategy"]):
-        title, lines = f"{key[1]}, {caption(orders)}", {}
+        title, lines, ranks = f"{key[1]}, {caption(orders)}", {}, []
         if len(orders) > 1:
             yield 4, "-".join(key), title, curves(orders), layers, score
         for run, first in itertools.product(orders.get("impact", ()), orders.get("greedy", ())):
             if run["blocks"] == first["blocks"]:
                 points = {step: run["impact"][str(layer)]["impact"]
                           for step, layer in enumerate(first["order"], 1)}
-                rank = spearman(list(points), list(points.values()))
-                rank = "undefined" if rank is None else f"{rank:.2f}"
-                lines[f"{run['blocks']}: Spearman {rank}"] = [points]
+                lines[run["blocks"]] = [points]
+                ranks.append(spearman(list(points), list(points.values())))
         if lines:
+            title += f"; Spearman {', '.join('undefined' if r is None else f'{r:.2f}' for r in ranks)}"
             yield 6, "-".join(key), title, lines, "step of greedy search", "impact score"
     for key, tuned in grouped(found["finetune"], lambda run: run["key"][::2],
                               lambda run: (run["mixer"] or "base", run["seed"])):
@@ -859,7 +860,8 @@ def draw(path, number, title, lines, xlabel, ylabel):
         axes.plot(xs, ys.mean(0), label=label if len(runs) == 1 else f"{label} ({len(runs)} runs)",
                   **style)
         axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log" if number == 2 else "linear")
+    axes.set_title(title.replace("; ", "\n"), fontsize=11)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if number == 2 else "linear")
     for axis in [axes.xaxis, axes.yaxis][: 2 if ylabel.startswith("layer") else 1]:
         axis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", ncols=3)

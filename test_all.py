@@ -3215,6 +3215,11 @@ def test_impact_scores(lab, monkeypatch):
         replace.impact_scores(model, mixers, split, 0)
 
 
+def write_record(path, record):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
 def hand_made_search(folder, order, **changes):
     """result.json and search.jsonl: three layers, scores 0.8, 0.8, 0.75, 0.4 on 80 documents; of 10
     test documents the base has 8 right, M_best (a layer) 9, M_opt (two) and all three layers 7."""
@@ -3231,11 +3236,6 @@ def hand_made_search(folder, order, **changes):
          "score": right / 10, "stderr": 0.1} for layers, right in zip([[], *sets], (8, 9, 7, 7)))])
 
 
-def write_record(path, record):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record))
-
-
 def report(folder, monkeypatch, capsys):
     """Run --report -> (its tables, the last stdout line, stderr)."""
     code, last, err = call(["replace.py", "--report", folder], monkeypatch, capsys)
@@ -3245,7 +3245,7 @@ def report(folder, monkeypatch, capsys):
 
 def test_report_of_known_results(tmp_path, monkeypatch, capsys):
     """Means over seeds, paired errors, hours of all processes, the speed-up at the largest batch:
-    the report's numbers are the ones that the files give by hand."""
+    without this the report could print numbers that the files do not give."""
     hand_made_search(tmp_path / "a", [2, 0, 1])
     hand_made_search(tmp_path / "b", [0, 2, 1], best={"layers": []}, blocks="elsewhere")
     hand_made_search(tmp_path / "c", [1, 2, 0], attn="gla")
@@ -3266,31 +3266,28 @@ def test_report_of_known_results(tmp_path, monkeypatch, capsys):
     assert tables["Table 1, Llama-3.2-3B-Instruct"]["pubmedqa"]["jet"] == pytest.approx({
         "paper": 73, "ours": 85, "difference": 12, "n": 10, "stderr": 10, "runs": 2, "of": 2,
         "spread": 50 ** 0.5})
-    ours = {column: entry["ours"] for name in ("2, Llama-3.2-3B-Instruct", "3", "4, Llama-3.2-3B-Instruct")
-            for row, columns in tables[f"Table {name}, jet"].items() if row.endswith("pubmedqa")
-            for column, entry in columns.items() if entry["ours"] is not None}
-    assert ours == {
-        "base": 80, "M_opt": 70, "drop, %": pytest.approx(12.5), "layers": 2, "speed-up at 2,048": 1.2,
-        "device": "cuda:0", "distillation": 2, "M tokens": 5, "search": 3, "evaluations": 7,
-        "greedy": 90, "greedy layers": "2; 0", "impact": 90, "impact layers": "0"}
-    assert tables["Table 2, Llama-3.2-3B-Instruct, jet"]["pubmedqa"]["drop, %"][
-        "stderr"] == pytest.approx(12.5)        # one document of ten, of a base's score of 0.8
-    lines = {number: lines for number, _, _, lines, *_ in replace.figures(
-        replace.read_results(tmp_path))}
+    found = {column: entry for name, table in tables.items() for row, columns in table.items()
+             if "Table 1" not in name and "jet" in name for column, entry in columns.items()
+             if entry["ours"] is not None}
+    assert {column: entry["ours"] for column, entry in found.items()} == {
+        "base": 80, "M_opt": 70, "drop, %": pytest.approx(12.5), "layers": 2,
+        "speed-up at 2,048": 1.2, "device": "cuda:0", "distillation": 2, "M tokens": 5, "search": 3,
+        "evaluations": 7, "greedy": 90, "greedy layers": "2; 0", "impact": 90, "impact layers": "0"}
+    assert found["drop, %"]["stderr"] == pytest.approx(12.5)    # one document of ten, base 0.8
+    drawn = list(replace.figures(replace.read_results(tmp_path)))
+    titles, lines = ({figure[0]: figure[i] for figure in drawn} for i in (2, 3))
     assert lines[5]["jet, after"] == [{1: 70, 2: 80}] and lines[5]["base, before"] == [{0: 50}]
-    assert lines[6] == {f"{tmp_path}/blocks: Spearman -0.50": [{1: 2, 2: 0, 3: 1}]}
-    assert lines[4]["greedy"] == 2 * [{0: 80, 1: 80, 2: 75, 3: 40}] and 2 in lines and 3 in lines
-    assert "\n| pubmedqa | 10 | 69.8 / 80 ± 10 / +10 (3 of 3, sd 0) | 72.2 / 90 ± 10 / +18 | 7 / 1" in (
+    assert lines[6] == {f"{tmp_path}/blocks": [{1: 2, 2: 0, 3: 1}]} and "man -0.50" in titles[6]
+    assert lines[4]["greedy"] == 2 * [{0: 80, 1: 80, 2: 75, 3: 40}] and "jet-gla" in titles[3]
+    assert "\n| pubmedqa | 10 | 69.8 / 80 ± 10 / +10 | 72.2 / 90 ± 10 / +18 | 7 / 1 / -6 | 72 / not" in (
         tmp_path / "report.md").read_text()
     assert all((tmp_path / path).read_bytes()[1:4] == b"PNG"
                for paths in last["figures"].values() for path in paths)
 
 
 def test_report_of_missing_results(tmp_path, monkeypatch, capsys):
-    """What was not run, not finished or not drawn is said to be so, and a torn journal is read."""
+    """What was not run, not finished or not drawn is said to be so; a torn journal is read."""
     tables, last, _ = report(tmp_path, monkeypatch, capsys)
-    assert {f"Table {name}" for name in ("1, Qwen2.5-1.5B", "2, Llama-3.2-3B-Instruct, jet", "3, jet",
-                                         "4, Qwen2.5-1.5B, jet")} < set(tables)
     assert not any(entry["ours"] for rows in tables.values() for row in rows.values()
                    for entry in row.values())
     assert set(last["figures"].values()) == {"not run"} and not last["unfinished"]
@@ -3303,7 +3300,7 @@ def test_report_of_missing_results(tmp_path, monkeypatch, capsys):
     assert set(last["figures"].values()) == {"not drawn"} and "matplotlib is missing" in err
     with open(tmp_path / "z/search.jsonl", "a") as file:
         file.write('{"split": "te')
-    assert report(tmp_path, monkeypatch, capsys)[0] == whole
+    assert report(tmp_path, monkeypatch, capsys)[0] == whole != tables
     for name, text in (("search.jsonl", "{}\n{\n"), ("result.json", "{}"), ("result.json", "[]")):
         (tmp_path / "z" / name).write_text(text)
         code, _, err = call(["replace.py", "--report", tmp_path], monkeypatch, capsys)
@@ -3314,20 +3311,21 @@ def test_report_of_missing_results(tmp_path, monkeypatch, capsys):
 def test_the_papers_numbers():
     """figures/paper_tables.json, which the report calls the paper's, has what the paper prints."""
     printed, tables = json.loads((SHARED / "paper" / "tables.json").read_text()), {}
-    name = lambda row: TASKS[row["task"]].name
-    for row in printed["table1"]:
-        tables.setdefault(f"Table 1, {row['model']}", {}).setdefault(name(row), {}).update({
-            "base": row["p_base"], row["attn"]: row["p_best"], f"{row['attn']} layers": row["replaced"]})
-    columns = "base", "M_opt", "drop, %", "layers", "speed-up at 2,048"
-    tables["Table 2, Llama-3.2-3B-Instruct, jet"] = {
-        name(row): dict(zip(columns, list(row.values())[1:])) for row in printed["table2"]["rows"]}
-    tables["Table 3, jet"] = {f"{row['model']}, pubmedqa": {
-        "device": "A800", "distillation": row["bld_gpu_hours"], "M tokens": 100,
-        "search": row["greedy_gpu_hours"]} for row in printed["table3"]["rows"]}
-    tables["Table 4, Qwen2.5-1.5B, jet"] = {
-        name(row): {column: number for order in ("greedy", "impact") for column, number in (
-            (order, row[order]["acc"]), (f"{order} layers", " ".join(map(str, row[order]["layers"]))))}
-        for row in printed["table4"]["rows"]}
+    def add(table, row, *columns):
+        tables.setdefault(table, {}).setdefault(row, {}).update(columns)
+    for task, model, attn, base, best, layers in map(dict.values, printed["table1"]):
+        add(f"Table 1, {model}", TASKS[task].name, ("base", base), (attn, best),
+            (f"{attn} layers", layers))
+    for task, *numbers in map(dict.values, printed["table2"]["rows"]):
+        add("Table 2, Llama-3.2-3B-Instruct, jet", TASKS[task].name, *zip(
+            ("base", "M_opt", "drop, %", "layers", "speed-up at 2,048"), numbers))
+    for model, *hours in map(dict.values, printed["table3"]["rows"]):
+        add("Table 3, jet", f"{model}, pubmedqa", ("device", "A800"), ("M tokens", 100),
+            *zip(("distillation", "search"), hours))
+    for task, *orders in map(dict.values, printed["table4"]["rows"]):
+        for name, order in zip(("greedy", "impact"), orders):
+            add("Table 4, Qwen2.5-1.5B, jet", TASKS[task].name, (name, order["acc"]),
+                (f"{name} layers", " ".join(map(str, order["layers"]))))
     assert json.loads(replace.PAPER.read_text())["tables"] == tables
 
 
