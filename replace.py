@@ -619,26 +619,27 @@ STYLES = [dict(color=color, marker=marker, linestyle=dashes, markersize=size, ma
 
 
 def read_results(folder):
-    """{"result": [records], "distill": ..., "unfinished": [folders], "paper": tables}: the files
-    below `folder` by their names. Records get a "key", (model, mixer, task), as far as they have
-    one; searches get "rows", all journals' of the same modules on the same documents."""
+    """{"result": [records], "distill": ..., "unfinished": [folders], "paper": tables}: the result
+    files below `folder` by their names. Every record gets a "key", (model, mixer, task), with ""
+    for what it lacks; a search gets "rows" from all journals that have its settings and modules."""
     found, journals = {n: [] for n in ("result", "distill", "eval", "throughput", "finetune")}, {}
-    path = PAPER
     try:
+        path = PAPER
         paper = json.loads(path.read_text())["tables"]
         for path in sorted(path for path in folder.rglob("*.json") if path.stem in found):
             run = json.loads(path.read_text()) | {"path": path}
             run["key"] = (Path(run.get("base_model") or run.get("model", "")).name,
-                          run.get("attn") or run.get("mixer") or "hybrid",
+                          run.get("attn") or run.get("mixer") or "",
                           task_name(run.get("task", "")))
             found[path.stem].append(run)
             if path.stem == "result":
-                same = str((run["key"], run["blocks"], run["metric"], run["n"]))
+                blocks, path = run["blocks"], path.with_name("search.jsonl")
+                lines = path.read_text().split("\n")[:-1]           # a kill cuts the last one off
+                settings, *rows = map(json.loads, lines)
+                # the modules by their directory, because their digest depends on --layers
+                same = str((run["key"], settings | {"blocks": blocks}))
                 run["rows"] = journals.setdefault(same, {})
-                path = path.with_name("search.jsonl")
-                for line in path.read_text().split("\n")[1:-1]:     # a kill cuts the last one off
-                    row = json.loads(line)
-                    run["rows"][row["split"], tuple(row["layers"])] = row
+                run["rows"] |= {(row["split"], tuple(row["layers"])): row for row in rows}
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); run its command "
                         "again or delete it.")
@@ -646,7 +647,7 @@ def read_results(folder):
                   if not path.with_name("result.json").exists()]
     unfinished += [run["path"].parent for run in found["distill"] if not run["finished"]]
     found["result"] = [run for run in found["result"] if run["strategy"] != "greedy"
-                       or run["steps"][0]["runner_up"] is not None]     # else --layers gave the set
+                       or run["steps"][0]["runner_up"] is not None]     # --layers has none
     return found | {"paper": paper, "unfinished": sorted(map(str, unfinished))}
 
 
@@ -663,7 +664,8 @@ def scored(run, split, layers):
 
 
 def drop(run):
-    """The same for M_opt's drop on test, in percent of the base's score, from paired documents."""
+    """The drop from the base to M_opt on test, as `scored` but in percent of the base's score; the
+    standard error is of the differences between paired documents."""
     base, opt = (run["rows"].get(("test", tuple(layers))) for layers in ((), run["opt"]["layers"]))
     if base and opt and base["score"]:
         gaps = np.array(base["items"], float) - np.array(opt["items"], float)
@@ -680,7 +682,8 @@ def speeds(record):
 
 
 def our_rows(found):
-    """(table, row, {column: text, (number, standard error, documents) or None}) of every run."""
+    """(table, row, {column: entry}) of every run. An entry is (number, standard error, documents),
+    text, or None for what was not run."""
     def hours(costs, seconds="seconds", n=None):
         return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
 
@@ -802,13 +805,14 @@ def figures(found):
 
     for record in found["throughput"]:
         (model, mixer, _), rates = record["key"], speeds(record)
-        title = f"{model}, {mixer}, {record['dtype']}, {record['device']}: decoding, largest batch"
+        name = [model, mixer or "saved hybrid", record["dtype"], record["device"]]
         lines = {f"context {context:,}": [at] for context, at in rates.items()}
         printed = found["paper"].get(f"Table 2, {model}, {mixer}", {}).values()
         if printed and 0 in rates.get(2048, {}):
             lines["paper's speed-up of our base, context 2,048"] = [{
                 row["layers"]: row["speed-up at 2,048"] * rates[2048][0] for row in printed}]
-        yield 2, f"{model}-{mixer}", title, lines, layers, "tokens per second"
+        yield 2, "-".join(name).replace(" ", "-"), (
+            f"{', '.join(name)}: decoding at the largest batch"), lines, layers, "tokens per second"
     searches = [run for run in found["result"] if run["strategy"] == "greedy"]
     for (model, task), mixers in grouped(searches, lambda run: run["key"][::2],
                                          lambda run: run["attn"]):
@@ -901,7 +905,8 @@ def make_report(args):
         name: paths or ("not run" if matplotlib else "not drawn") for name, paths in drawn.items()}}
     text = "\n".join(markdown(tables, **rest))
     print(text)
-    evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(text + "\n"))
+    evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(
+        text + "\n", encoding="utf-8"))
     write_json(folder / "report.json", {"tables": tables, **rest})
     return {"report": str(folder / "report.json"), **rest}
 

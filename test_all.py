@@ -3302,6 +3302,7 @@ def test_report_of_missing_results(tmp_path, monkeypatch, capsys):
         file.write('{"split": "te')
     assert report(tmp_path, monkeypatch, capsys)[0] == whole != tables
     for name, text in (("search.jsonl", "{}\n{\n"), ("result.json", "{}"), ("result.json", "[]")):
+        hand_made_search(tmp_path / "z", [0, 1, 2])
         (tmp_path / "z" / name).write_text(text)
         code, _, err = call(["replace.py", "--report", tmp_path], monkeypatch, capsys)
         assert code == 2 and f"z/{name} cannot be read" in err and err.count("\n") == 1
