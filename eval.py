@@ -1625,7 +1625,8 @@ def time_decoding(model, cache, batch, in_graph):
             step()
         run = graph.replay
     seconds = median_seconds(model.device, run, STEPS, REPEATS)
-    tensors = [x for layer in past.layers for x in vars(layer).values()
+    tensors = [x for layer in past.layers for value in vars(layer).values()
+               for x in (value if isinstance(value, tuple) else (value,))
                if torch.is_tensor(x) and x.dim() > 0]
     return {"batch": batch, "tokens_per_second": batch / seconds, "step_ms": 1000 * seconds,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

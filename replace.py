@@ -14,6 +14,7 @@ continues an interrupted search. The last line on stdout is the result as one JS
 """
 
 import collections
+import itertools
 import json
 import os
 import random
@@ -432,6 +433,313 @@ def benchmark(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# The report: the paper's tables beside ours and its figures, from the files below a directory
+
+PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
+TITLES = {"Table 1": "test score of M_best, and its number of linear layers",
+          "Table 2": "test score of M_opt, which keeps 95 % of the validation score",
+          "Table 3": "hours of one device", "Table 4": "10 of every 28 layers linear, by order"}
+# Lines differ in marker and dashes, so that they need no colour; the colours are Okabe and Ito's.
+STYLES = [dict(color=color, marker=marker, linestyle=dashes, markersize=size, markerfacecolor="none")
+          for color, marker, dashes, size in zip(
+              ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"), "os^Dvx",
+              ("-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 3))), (11, 9, 8, 6, 6, 5))]
+
+
+def read_results(folder):
+    """{"result": [records], "distill": ..., "unfinished": [folders], "paper": tables}: the result
+    files below `folder` by their names. Every record gets a "key", (model, mixer, task), with ""
+    for what it lacks; a search gets "rows" from all journals that have its settings and modules."""
+    found, journals = {n: [] for n in ("result", "distill", "eval", "throughput", "finetune")}, {}
+    try:
+        path = PAPER
+        paper = json.loads(path.read_text())["tables"]
+        for path in sorted(path for path in folder.rglob("*.json") if path.stem in found):
+            run = json.loads(path.read_text()) | {"path": path}
+            run["key"] = (Path(run.get("base_model") or run.get("model", "")).name,
+                          run.get("attn") or run.get("mixer") or "",
+                          task_name(run.get("task", "")))
+            found[path.stem].append(run)
+            if path.stem == "result":
+                blocks, path = run["blocks"], path.with_name("search.jsonl")
+                lines = path.read_text().split("\n")[:-1]           # a kill cuts the last one off
+                settings, *rows = map(json.loads, lines)
+                # the modules by their directory, because their digest depends on --layers
+                same = str((run["key"], settings | {"blocks": blocks}))
+                run["rows"] = journals.setdefault(same, {})
+                run["rows"] |= {(row["split"], tuple(row["layers"])): row for row in rows}
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); run its command "
+                        "again or delete it.")
+    unfinished = [path.parent for path in folder.rglob("search.jsonl")
+                  if not path.with_name("result.json").exists()]
+    unfinished += [run["path"].parent for run in found["distill"] if not run["finished"]]
+    found["result"] = [run for run in found["result"] if run["strategy"] != "greedy"
+                       or run["steps"][0]["runner_up"] is not None]     # --layers has none
+    return found | {"paper": paper, "unfinished": sorted(map(str, unfinished))}
+
+
+def task_name(task):
+    """The harness's name of a task, or the stem of a file's name."""
+    known = evaluation.TASKS.named(task)
+    return known.name if known else Path(task).stem.removesuffix("-validation")
+
+
+def scored(run, split, layers):
+    """(score in percent, standard error, documents), None where no journal has it."""
+    row = run["rows"].get((split, tuple(sorted(layers))))
+    return row and (100 * row["score"], 100 * row["stderr"], row["n"])
+
+
+def drop(run):
+    """The drop from the base to M_opt on test, as `scored` but in percent of the base's score; the
+    standard error is of the differences between paired documents."""
+    base, opt = (run["rows"].get(("test", tuple(layers))) for layers in ((), run["opt"]["layers"]))
+    if base and opt and base["score"]:
+        gaps = np.array(base["items"], float) - np.array(opt["items"], float)
+        gaps *= 100 / base["score"]
+        return gaps.mean(), gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5, len(gaps)
+
+
+def speeds(record):
+    """{context: {linear layers: decoded tokens per second at the largest batch}}."""
+    table = {}
+    for row in sorted(record["rows"], key=lambda row: (row["linear_layers"], row["batch"])):
+        table.setdefault(row["context"], {})[row["linear_layers"]] = row["tokens_per_second"]
+    return table
+
+
+def our_rows(found):
+    """(table, row, {column: entry}) of every run. An entry is (number, standard error, documents),
+    text, or None for what was not run."""
+    def hours(costs, seconds="seconds", n=None):
+        return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
+
+    for record in found["eval"]:
+        for row in () if record["linear_layers"] else record["results"]:
+            yield f"Table 1, {record['key'][0]}", task_name(row["task"]), {
+                "base": (100 * row["value"], 100 * row["stderr"], row["n"])}
+    rates = {record["key"][:2]: speeds(record).get(2048, {}) for record in found["throughput"]}
+    for run in found["result"]:
+        (model, attn, task), order = run["key"], run["strategy"]
+        if order in ("greedy", "impact"):
+            known = run.get("impact") or {layer for _, layers in run["rows"] for layer in layers}
+            for chosen in (x for x in run["sets"] if len(x) == round(len(known) * 10 / 28)):
+                yield f"Table 4, {model}, {attn}", task, {
+                    order: scored(run, "test", chosen),
+                    f"{order} layers": " ".join(map(str, chosen)),
+                    f"{order}, validation": scored(run, "validation", chosen)}
+        if order != "greedy":
+            continue
+        base, best, opt = (scored(run, "test", layers) for layers in (
+            (), run["best"]["layers"], run["opt"]["layers"]))
+        yield f"Table 1, {model}", task, {
+            "base": base, attn: best, f"{attn} layers": (len(run["best"]["layers"]), None, None)}
+        count, at = len(run["opt"]["layers"]), rates.get((model, attn), {})
+        if abs(run["p_min"] - 0.95 * run["p_base"]) < SLACK:
+            yield f"Table 2, {model}, {attn}", task, {
+                "base": base, "M_opt": opt, "drop, %": drop(run), "layers": (count, None, None),
+                "speed-up at 2,048": {0, count} <= set(at) and (at[count] / at[0], None, None)}
+        blocks = [Path(name).resolve() for name in run["blocks"].split(",")]
+        costs = [record["cost"] for record in found["distill"] if record["finished"]
+                 and record["path"].parent.resolve() in blocks]
+        yield f"Table 3, {attn}", f"{model}, {task}", {
+            "device": run["cost"]["device"], "distillation": hours(costs),
+            "M tokens": costs and (costs[0]["tokens"] / 1e6, None, None),
+            "search": hours([run["cost"]], "search_seconds", run["n"]["validation"]),
+            "evaluations": (run["cost"]["evaluations"], None, None)}
+
+
+def cell(paper=None, ours=()):
+    """One entry of a table: the paper's number, if it prints one, and the mean of ours. The seeds'
+    runs score the same documents, so the mean has about the standard error of one; "spread" is the
+    standard deviation between the "runs" that have the number, out of "of"."""
+    entry = {"paper": paper, "ours": None, "of": len(ours)}
+    ours = [value for value in ours if value]
+    if not ours or isinstance(ours[0], str):
+        return entry | {"ours": "; ".join(dict.fromkeys(ours)) or None}
+    numbers, errors, documents = zip(*ours)
+    mean, spread = float(np.mean(numbers)), float(np.std(numbers, ddof=len(ours) > 1))
+    return entry | {
+        "ours": mean, "difference": None if paper is None else mean - paper, "n": documents[0],
+        "stderr": None if None in errors else float(np.mean(errors)), "runs": len(ours),
+        "spread": round(spread, 9)}
+
+
+def show(entry):
+    """paper / ours ± standard error / difference (runs that have it, their spread)."""
+    text = " / ".join(missing if x is None else x if isinstance(x, str) else f"{x:.3g}"
+                      for x, missing in ((entry["paper"], "–"), (entry["ours"], "not run")))
+    text += f" ± {entry['stderr']:.2g}" if entry.get("stderr") is not None else ""
+    text += f" / {entry['difference']:+.2g}" if entry.get("difference") is not None else ""
+    if entry.get("spread") or entry.get("runs", entry["of"]) < entry["of"]:
+        text += f" ({entry['runs']} of {entry['of']}, sd {entry['spread']:.2g})"
+    return text
+
+
+def markdown(tables, figures, unfinished):
+    """The report's lines."""
+    yield ("Entries: the paper's number / ours ± standard error / difference; –: the paper has none; "
+           "(2 of 3, sd): two of three runs have it, with this standard deviation. Scores in "
+           "percent of n documents.")
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        yield f"\n## {name}: {TITLES[name[:7]]}\n\n| | n | " + " | ".join(columns) + " |"
+        yield "|---" * (len(columns) + 2) + "|"
+        for name, row in rows.items():
+            counts = dict.fromkeys(str(entry["n"]) for entry in row.values() if entry.get("n"))
+            shown = [show(row.get(column) or cell()) for column in columns]
+            yield f"| {name} | {', '.join(counts) or '–'} | " + " | ".join(shown) + " |"
+    for name, drawn in figures.items():
+        yield f"\n## {name}\n"
+        yield from [drawn] if isinstance(drawn, str) else [
+            f"![{title}]({path})" for path, title in drawn.items()]
+    yield from (f"\n{folder}: not finished" for folder in unfinished)
+
+
+def grouped(records, group, line):
+    """(group, {line: [records]}) of all groups; both are functions of a record."""
+    groups = {}
+    for record in records:
+        groups.setdefault(group(record), {}).setdefault(line(record), []).append(record)
+    return groups.items()
+
+
+def curves(groups):
+    """{line: [{linear layers: validation score in percent} of every run]}."""
+    return {line: [dict(enumerate(100 * p for p in [run["p_base"], *run["validation"]]))
+                   for run in runs] for line, runs in groups.items()}
+
+
+def agreement(runs, others):
+    """Spearman's correlation between the steps at which two searches replaced the layers that both
+    replaced, the mean over pairs of one run and another."""
+    steps = [[(run["order"].index(layer), other["order"].index(layer))
+              for layer in run["order"] if layer in other["order"]]
+             for run, other in itertools.product(runs, others)]
+    return np.mean([spearman(*zip(*pairs)) if len(pairs) > 1 else np.nan for pairs in steps])
+
+
+def figures(found):
+    """(number, name, title, {line: [{x: y} of every run]}, label of x, label of y) of every figure
+    that has data."""
+    layers, score = "linear layers", "score, %"
+
+    def caption(groups):
+        run = next(iter(groups.values()))[0]
+        error = 100 * max(step["stderr"] for step in run["steps"])
+        return (f"{run['key'][0]}, {run['key'][2]}: {run['metric']} on validation, "
+                f"n = {run['n']['validation']}, standard error up to {error:.1f}")
+
+    for record in found["throughput"]:
+        (model, mixer, _), rates = record["key"], speeds(record)
+        name = [model, mixer or "saved hybrid", record["dtype"], record["device"]]
+        lines = {f"context {context:,}": [at] for context, at in rates.items()}
+        printed = found["paper"].get(f"Table 2, {model}, {mixer}", {}).values()
+        if printed and 0 in rates.get(2048, {}):
+            lines["paper's speed-up of our base, context 2,048"] = [{
+                row["layers"]: row["speed-up at 2,048"] * rates[2048][0] for row in printed}]
+        yield 2, "-".join(name).replace(" ", "-"), (
+            f"{', '.join(name)}: decoding at the largest batch"), lines, layers, "tokens per second"
+    searches = [run for run in found["result"] if run["strategy"] == "greedy"]
+    for (model, task), mixers in grouped(searches, lambda run: run["key"][::2],
+                                         lambda run: run["attn"]):
+        printed = found["paper"].get(f"Table 1, {model}", {}).get(task, {})
+        lines = curves(mixers) | {
+            f"paper's M_best on test, {attn}": [{printed[f"{attn} layers"]: printed[attn]}]
+            for attn in mixers if printed}
+        yield 3, f"{model}-{task}-score", caption(mixers), lines, layers, score
+        ranks = [f"{a}-{b} {agreement(mixers[a], mixers[b]):.2f}"
+                 for a, b in itertools.combinations(mixers, 2)]
+        title = f"{caption(mixers)}; Spearman between orders: {', '.join(ranks) or 'one mixer'}"
+        lines = {attn: [dict(enumerate(runs[0]["order"], 1))] for attn, runs in mixers.items()}
+        yield 3, f"{model}-{task}-order", title, lines, "step", "layer replaced (first run)"
+    for key, orders in grouped(found["result"], lambda run: run["key"],
+                               lambda run: run["strategy"]):
+        title, lines, ranks = f"{key[1]}, {caption(orders)}", {}, []
+        if len(orders) > 1:
+            yield 4, "-".join(key), title, curves(orders), layers, score
+        for run, first in itertools.product(orders.get("impact", ()), orders.get("greedy", ())):
+            if run["blocks"] == first["blocks"]:
+                points = {step: run["impact"][str(layer)]["impact"]
+                          for step, layer in enumerate(first["order"], 1)}
+                lines[run["blocks"]] = [points]
+                ranks.append(spearman(list(points), list(points.values())))
+        if lines:
+            title += f"; Spearman {', '.join('undefined' if r is None else f'{r:.2f}' for r in ranks)}"
+            yield 6, "-".join(key), title, lines, "step of greedy search", "impact score"
+    for key, tuned in grouped(found["finetune"], lambda run: run["key"][::2],
+                              lambda run: (run["mixer"] or "base", run["seed"])):
+        run, lines = next(iter(tuned.values()))[0], {}
+        title = (f"{', '.join(key)}: fine-tuning, {run['metric']} on {run['split']}, n = "
+                 f"{run['after']['n']}, standard error {100 * run['after']['stderr']:.1f}")
+        for ((mixer, _), runs), when in itertools.product(tuned.items(), ("before", "after")):
+            points = {len(run["linear_layers"]): 100 * run[when]["score"] for run in runs}
+            lines.setdefault(f"{mixer}, {when}", []).append(points)
+        yield 5, "-".join(key), title, lines, layers, score
+
+
+def draw(path, number, title, lines, xlabel, ylabel):
+    """One figure for README's width. Several runs are their mean, in a band from the lowest to the
+    highest, where all of them have a point."""
+    from matplotlib import pyplot, ticker
+    figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
+    for (label, runs), style in zip(lines.items(), itertools.cycle(STYLES)):
+        xs = sorted(set.intersection(*map(set, runs)))
+        ys = np.array([[run[x] for x in xs] for run in runs])                   # [runs, points]
+        if number == 6 or label.startswith("paper"):        # points that do not follow each other
+            style = style | {"linestyle": ""}
+        axes.plot(xs, ys.mean(0), label=label if len(runs) == 1 else f"{label} ({len(runs)} runs)",
+                  **style)
+        axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_title(title.replace("; ", "\n"), fontsize=11)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if number == 2 else "linear")
+    for axis in [axes.xaxis, axes.yaxis][: 2 if ylabel.startswith("layer") else 1]:
+        axis.set_major_locator(ticker.MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=3)
+    evaluation.write_atomic(path, lambda p: figure.savefig(p, dpi=200, format="png"))
+    pyplot.close(figure)
+
+
+def make_report(args):
+    """Print the paper's tables beside ours, from the results below DIR, as Markdown, draw its
+    figures into DIR/figures, write both to DIR/report.md and DIR/report.json -> where they are."""
+    folder = args.report
+    if not folder.is_dir():
+        raise UserError(f"--report {folder}: there is no such directory.")
+    if args.model or args.blocks or args.task or args.out or args.benchmark:
+        raise UserError("--report reads files and runs nothing: leave all other flags out.")
+    found, ours = read_results(folder), collections.defaultdict(list)
+    places = {(table, row, column): number for table, rows in found["paper"].items()
+              for row, columns in rows.items() for column, number in columns.items()}
+    for table, row, columns in our_rows(found):
+        for column, number in columns.items():
+            ours[table, row, column].append(number)
+    tables = {}
+    for table, row, column in sorted(places | ours, key=lambda place: place[0][:7]):
+        entry = cell(places.get((table, row, column)), ours[table, row, column])
+        tables.setdefault(table, {}).setdefault(row, {})[column] = entry
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+    except ImportError:
+        matplotlib = log("figures are not drawn: matplotlib is missing (pip install matplotlib)")
+    drawn = {f"Figure {number}": {} for number in range(2, 7)}
+    for number, name, title, *rest in figures(found) if matplotlib else ():
+        path = evaluation.make_output_dir(folder / "figures") / f"fig{number}-{name}.png"
+        draw(path, number, title, *rest)
+        drawn[f"Figure {number}"][f"figures/{path.name}"] = title
+    rest = {"unfinished": found["unfinished"], "figures": {
+        name: paths or ("not run" if matplotlib else "not drawn") for name, paths in drawn.items()}}
+    text = "\n".join(markdown(tables, **rest))
+    print(text)
+    evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(
+        text + "\n", encoding="utf-8"))
+    write_json(folder / "report.json", {"tables": tables, **rest})
+    return {"report": str(folder / "report.json"), **rest}
+
+
+# ------------------------------------------------------------------------------------------------
 # A search from flags to result.json
 
 def parse_args():
@@ -459,6 +767,8 @@ def parse_args():
     add("--layers", help="no search: score and save just this set, e.g. 4,8,12")
     add("--benchmark", action="store_true", help="no search: time both phases on a random model "
         "of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N searches on N of 500 items")
+    add("--report", metavar="DIR", type=Path,
+        help="no search: the paper's tables and figures beside ours, from the results below DIR")
     add("--out", help="directory for the journal, the result and the checkpoints")
     return parser.parse_args()
 
@@ -566,6 +876,8 @@ def run_search(args):
 
 def main():
     args = parse_args()
+    if args.report:
+        return evaluation.finish(make_report(args))
     evaluation.join_ranks(args.device)
     if args.benchmark:
         return evaluation.finish(benchmark(args))

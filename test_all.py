@@ -2746,6 +2746,121 @@ def test_impact_scores(lab, monkeypatch):
         replace.impact_scores(model, mixers, split, 0)
 
 
+def write_record(path, record):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def hand_made_search(folder, order, **changes):
+    """result.json and search.jsonl: three layers, scores 0.8, 0.8, 0.75, 0.4 on 80 documents; of 10
+    test documents the base has 8 right, M_best (a layer) 9, M_opt (two) and all three layers 7."""
+    sets, scores = [sorted(order[:k]) for k in (1, 2, 3)], [0.8, 0.75, 0.4]
+    write_record(folder / "result.json", {
+        "model": "hub/Llama-3.2-3B-Instruct", "attn": "jet", "task": "PM", "metric": "acc",
+        "strategy": "greedy", "p_base": 0.8, "p_min": 0.76, "order": order, "sets": sets,
+        "validation": scores, "best": {"layers": sets[0]}, "opt": {"layers": sets[1]},
+        "steps": [{"runner_up": 0, "stderr": 0.05}], "n": {"validation": 80, "test": 10},
+        "blocks": str(folder.parent / "blocks"), "cost": {
+            "device": "cuda:0", "ranks": 2, "search_seconds": 5400, "evaluations": 7}} | changes)
+    write_rows(folder / "search.jsonl", [{}, *(
+        {"split": "test", "layers": layers, "n": 10, "items": [1] * right + [0] * (10 - right),
+         "score": right / 10, "stderr": 0.1} for layers, right in zip([[], *sets], (8, 9, 7, 7)))])
+
+
+def report(folder, monkeypatch, capsys):
+    """Run --report -> (its tables, the last stdout line, stderr)."""
+    code, last, err = call(["replace.py", "--report", folder], monkeypatch, capsys)
+    assert code == 0, err
+    return json.loads((folder / "report.json").read_text())["tables"], last, err
+
+
+def test_report_of_known_results(tmp_path, monkeypatch, capsys):
+    """Means over seeds, paired errors, hours of all processes, the speed-up at the largest batch:
+    without this the report could print numbers that the files do not give."""
+    hand_made_search(tmp_path / "a", [2, 0, 1])
+    hand_made_search(tmp_path / "b", [0, 2, 1], best={"layers": []}, blocks="elsewhere")
+    hand_made_search(tmp_path / "c", [1, 2, 0], attn="gla")
+    hand_made_search(tmp_path / "d", [0, 1, 2], strategy="impact", impact={
+        str(layer): {"impact": layer} for layer in range(3)})
+    write_record(tmp_path / "blocks/distill.json", {"finished": True, "cost": {
+        "seconds": 7200, "ranks": 1, "tokens": 5e6}})
+    write_record(tmp_path / "t/throughput.json", {
+        "model": "hub/Llama-3.2-3B-Instruct", "mixer": "jet", "device": "x", "dtype": "y", "rows": [
+            {"context": 2048, "batch": batch, "linear_layers": k, "tokens_per_second": rate}
+            for k, batch, rate in ((0, 8, 10), (0, 1, 7), (2, 4, 12), (2, 1, 7))]})
+    for mixer, k in ((None, 0), ("jet", 1), ("jet", 2)):
+        write_record(tmp_path / f"f{k}/finetune.json", {
+            "base_model": "m", "mixer": mixer, "linear_layers": list(range(k)), "task": "PM",
+            "seed": 0, "metric": "acc", "split": "test", "before": {"score": 0.5},
+            "after": {"score": 0.6 + k / 10, "stderr": 0.1, "n": 10}})
+    tables, last, _ = report(tmp_path, monkeypatch, capsys)
+    assert tables["Table 1, Llama-3.2-3B-Instruct"]["pubmedqa"]["jet"] == pytest.approx({
+        "paper": 73, "ours": 85, "difference": 12, "n": 10, "stderr": 10, "runs": 2, "of": 2,
+        "spread": 50 ** 0.5})
+    found = {column: entry for name, table in tables.items() for row, columns in table.items()
+             if "Table 1" not in name and "jet" in name for column, entry in columns.items()
+             if entry["ours"] is not None}
+    assert {column: entry["ours"] for column, entry in found.items()} == {
+        "base": 80, "M_opt": 70, "drop, %": pytest.approx(12.5), "layers": 2,
+        "speed-up at 2,048": 1.2, "device": "cuda:0", "distillation": 2, "M tokens": 5, "search": 3,
+        "evaluations": 7, "greedy": 90, "greedy layers": "2; 0", "impact": 90, "impact layers": "0"}
+    assert found["drop, %"]["stderr"] == pytest.approx(12.5)    # one document of ten, base 0.8
+    drawn = list(replace.figures(replace.read_results(tmp_path)))
+    titles, lines = ({figure[0]: figure[i] for figure in drawn} for i in (2, 3))
+    assert lines[5]["jet, after"] == [{1: 70, 2: 80}] and lines[5]["base, before"] == [{0: 50}]
+    assert lines[6] == {f"{tmp_path}/blocks": [{1: 2, 2: 0, 3: 1}]} and "man -0.50" in titles[6]
+    assert lines[4]["greedy"] == 2 * [{0: 80, 1: 80, 2: 75, 3: 40}] and "jet-gla" in titles[3]
+    assert "\n| pubmedqa | 10 | 69.8 / 80 ± 10 / +10 | 72.2 / 90 ± 10 / +18 | 7 / 1 / -6 | 72 / not" in (
+        tmp_path / "report.md").read_text()
+    assert all((tmp_path / path).read_bytes()[1:4] == b"PNG"
+               for paths in last["figures"].values() for path in paths)
+
+
+def test_report_of_missing_results(tmp_path, monkeypatch, capsys):
+    """What was not run, not finished or not drawn is said to be so; a torn journal is read."""
+    tables, last, _ = report(tmp_path, monkeypatch, capsys)
+    assert not any(entry["ours"] for rows in tables.values() for row in rows.values()
+                   for entry in row.values())
+    assert set(last["figures"].values()) == {"not run"} and not last["unfinished"]
+    write_record(tmp_path / "x/distill.json", {"finished": False})
+    write_record(tmp_path / "y/search.jsonl", {})
+    hand_made_search(tmp_path / "z", [0, 1, 2])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    whole, last, err = report(tmp_path, monkeypatch, capsys)
+    assert last["unfinished"] == [str(tmp_path / "x"), str(tmp_path / "y")]
+    assert set(last["figures"].values()) == {"not drawn"} and "matplotlib is missing" in err
+    with open(tmp_path / "z/search.jsonl", "a") as file:
+        file.write('{"split": "te')
+    assert report(tmp_path, monkeypatch, capsys)[0] == whole != tables
+    for name, text in (("search.jsonl", "{}\n{\n"), ("result.json", "{}"), ("result.json", "[]")):
+        hand_made_search(tmp_path / "z", [0, 1, 2])
+        (tmp_path / "z" / name).write_text(text)
+        code, _, err = call(["replace.py", "--report", tmp_path], monkeypatch, capsys)
+        assert code == 2 and f"z/{name} cannot be read" in err and err.count("\n") == 1
+
+
+@needs_shared
+def test_the_papers_numbers():
+    """figures/paper_tables.json, which the report calls the paper's, has what the paper prints."""
+    printed, tables = json.loads((SHARED / "paper" / "tables.json").read_text()), {}
+    def add(table, row, *columns):
+        tables.setdefault(table, {}).setdefault(row, {}).update(columns)
+    for task, model, attn, base, best, layers in map(dict.values, printed["table1"]):
+        add(f"Table 1, {model}", TASKS[task].name, ("base", base), (attn, best),
+            (f"{attn} layers", layers))
+    for task, *numbers in map(dict.values, printed["table2"]["rows"]):
+        add("Table 2, Llama-3.2-3B-Instruct, jet", TASKS[task].name, *zip(
+            ("base", "M_opt", "drop, %", "layers", "speed-up at 2,048"), numbers))
+    for model, *hours in map(dict.values, printed["table3"]["rows"]):
+        add("Table 3, jet", f"{model}, pubmedqa", ("device", "A800"), ("M tokens", 100),
+            *zip(("distillation", "search"), hours))
+    for task, *orders in map(dict.values, printed["table4"]["rows"]):
+        for name, order in zip(("greedy", "impact"), orders):
+            add("Table 4, Qwen2.5-1.5B, jet", TASKS[task].name, (name, order["acc"]),
+                (f"{name} layers", " ".join(map(str, order["layers"]))))
+    assert json.loads(replace.PAPER.read_text())["tables"] == tables
+
+
 # ------------------------------------------------------------------------------------------------
 # Several processes, and one at a time
 
