@@ -921,9 +921,8 @@ def _conv_backward(x, kernel, cache, dy, dx, dkernel, dcache, T, D, W: tl.conste
 @_jit
 def _norm_rows(x, rows, cols, stride, H, N, D):
     """Rows (b, t, h) of x [B,T,H,D], whose tokens lie `stride` apart. fp32."""
-    place = rows // H * stride + rows % H * D
-    x += place[:, None] + cols[None, :]
-    return tl.load(x, mask=_inside(rows, cols, N, D), other=0).to(tl.float32)
+    place, inside = rows // H * stride + rows % H * D, _inside(rows, cols, N, D)
+    return tl.load(x + place[:, None] + cols[None, :], mask=inside, other=0).to(tl.float32)
 
 
 @_jit
