@@ -365,12 +365,12 @@ def linear_flops(module):
 def time_distillation(model, mixers, batch):
     """Hours for the paper's tokens at the speed of train_step on batch [B, T]. FLOPs: the teacher's
     forward, the students' forward and twice as much backwards."""
-    optimizers, times = make_optimizers(mixers), []
-    for _ in range(22):                                     # the first two are a warm-up
-        losses = train_step(model, mixers, optimizers, batch, 1e-4)
-        float(losses[max(losses)])                          # waits for the device
-        times.append(time.perf_counter())
-    rate = 20 * batch.numel() / (times[-1] - times[1])
+    optimizers = make_optimizers(mixers)
+    for step in range(-2, 20):                              # the first two are a warm-up
+        if step == 0:
+            began = evaluation.clock(model.device)
+        train_step(model, mixers, optimizers, batch, 1e-4)
+    rate = 20 * batch.numel() / (evaluation.clock(model.device) - began)
     flops = linear_flops(model.get_decoder()) + 3 * sum(map(linear_flops, mixers.values()))
     return {"hours": PAPER_TOKENS / rate / 3600, "tokens_per_second": rate,
             "flops_per_second": flops * rate, "peak_memory": peak_memory(model.device)}
