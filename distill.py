@@ -110,8 +110,6 @@ def train_step(model, mixers, optimizers, batch, lr):
     return losses
 
 
-
-
 def learning_rate(step, steps, peak):
     """Linear warm-up over a tenth of the steps, but 5 to 50, since Adam's first steps move every
     weight by the full rate; then a cosine from `peak` to FINAL_LR * peak."""
