@@ -180,7 +180,7 @@ def solve_o_proj(model, mixers, batches):
 def held_out_error(model, mixers, chunks, batch_size):
     """{layer: {"mse", "relative_mse" (over the target's variance), "cosine" (mean over tokens)}} on
     held-out chunks [N, T]. Raises FloatingPointError for an MSE that is not finite."""
-    sums = {layer: torch.zeros(4, dtype=torch.float64, device=mixer.o_proj.weight.device)
+    sums = {layer: mixer.o_proj.weight.new_zeros(4, dtype=torch.float64)
             for layer, mixer in mixers.items()}
 
     def visit(layer, hidden_states, target):
@@ -208,8 +208,8 @@ def held_out_error(model, mixers, chunks, batch_size):
 
 
 def finite_losses(losses, mixers, step):
-    """{layer: loss} as numbers. Raises FloatingPointError where a loss or a weight is not finite: a
-    finite loss can have a gradient that is not, and such weights must not be saved."""
+    """{layer: loss} as numbers. Raises FloatingPointError where a loss or a weight is not finite,
+    since a finite loss can have a gradient that is not."""
     for layer, loss in losses.items():
         if not torch.stack([t.isfinite().all() for t in (loss, *mixers[layer].parameters())]).all():
             raise FloatingPointError(f"the loss or the weights of layer {layer} are not finite "
@@ -229,8 +229,7 @@ def open_corpus(args, tokenizer):
     """The corpus that --data names: of a local file the last chunks are held out, of streamed Hub
     datasets the first."""
     path, column, skipped = Path(args.data), args.text_column, collections.Counter()
-    local = path.is_file() or path.suffix in (".jsonl", ".gz", ".parquet", ".txt")
-    if not local:
+    if not path.is_file() and path.suffix not in (".jsonl", ".gz", ".parquet", ".txt"):
         sources = open_streams(args.data, column.split(","))
         read = lambda: pack(documents(sources, tokenizer, skipped), args.seq_len)
         held_out = torch.stack(list(itertools.islice(read(), HELD_OUT)))
@@ -251,8 +250,7 @@ def open_corpus(args, tokenizer):
 
 
 def open_streams(data, columns):
-    """Hub datasets `id:config@weight,...`, streamed (split train): [(name, rows, text column,
-    weight)]."""
+    """Streams of Hub datasets `id:config@weight,...`: [(name, rows, text column, weight)]."""
     import datasets
     sources, parts = [], data.split(",")
     if len(columns) not in (1, len(parts)):
@@ -386,8 +384,7 @@ def read_run(out):
 
 
 def open_run(args, settings):
-    """Make or reopen the run directory -> (path, its record). Raises UserError where it holds
-    another run, or this one without --resume."""
+    """Make or reopen the run directory -> (path, its record). Raises UserError for another run."""
     out = claim_dir(args.out, foreign=("config.json", "result.json", "search.jsonl"))
     record, settings = read_run(out), json.loads(json.dumps(settings))
     if record is None:
@@ -615,8 +612,8 @@ def main():
     args.data = args.data or PAPER_MIX
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code,
                                   base_only=True)
-    num_layers = len(attention_modules(model))
-    layers = parse_layers(args.layers or f"0-{num_layers - 1}", num_layers)
+    count = len(attention_modules(model))
+    layers = parse_layers(args.layers, count) if args.layers else list(range(count))
     if args.seq_len > (max_length(model) or math.inf):
         raise UserError(f"--seq-len is beyond the model's context of {max_length(model)} tokens.")
     width = model.config.get_text_config(decoder=True).hidden_size

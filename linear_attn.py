@@ -244,8 +244,8 @@ class GatedDeltaNet(LinearAttention):
         """The convolution returns the current token, or is drawn from U(-1, 1) / sqrt(W)."""
         kernel = identity_kernel(self.conv_kernel.shape[1])
         if draw is not None:
-            kernel = 2 * torch.rand(kernel.shape, generator=draw, device="cpu") - 1
-            kernel = kernel * CONV_SIZE ** -0.5
+            drawn = torch.rand(kernel.shape, generator=draw, device="cpu")
+            kernel = (2 * drawn - 1) * CONV_SIZE ** -0.5
         self.conv_kernel.copy_(kernel)
 
     def convolve(self, hidden_states, conv, tail):
@@ -269,9 +269,8 @@ class GatedDeltaNet(LinearAttention):
 
 
 class JetBlock(GatedDeltaNet):
-    """JetBlock (Jet-Nemotron, Gu et al. 2025): Gated DeltaNet without convolutions on q and k. A
-    small generator makes the kernel of the convolution on v for every token from the layer's
-    input; at the start that kernel returns the current token."""
+    """JetBlock (Jet-Nemotron, Gu et al. 2025): Gated DeltaNet without convolutions on q and k. From
+    the layer's input a small generator makes each token's kernel for the convolution on v."""
 
     def add_conv(self, hidden_size, width):
         self.kernel_down = nn.Linear(hidden_size, max(width // 8, 1), bias=False)
@@ -496,8 +495,7 @@ NO_CONTINUOUS_BATCHING = ("a hybrid's states do not fit into the pages of contin
 
 class LinearCacheLayer(DynamicLayer):
     """One linear layer's memory inside a transformers Cache: `state`, as in LinearAttention, and
-    the tokens `seen`, from which transformers takes the sizes of masks. Tensors are replaced, never
-    written in place."""
+    the number of tokens `seen`. Tensors are replaced, never written in place."""
 
     is_croppable = supports_early_init = False
     state, seen = (None, None), 0
@@ -574,9 +572,8 @@ def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kw
 # ------------------------------------------------------------------------------------------------
 # A hybrid as an ordinary checkpoint
 #
-# For every architecture a subclass is made on demand: HybridLlamaForCausalLM and
-# HybridLlamaConfig from transformers' classes. Their model_type is a new one, so that loading
-# without trust_remote_code is an error rather than a plain Llama with random attention.
+# Subclasses are made on demand, HybridLlamaForCausalLM and HybridLlamaConfig for Llama. Their new
+# model_type makes loading without trust_remote_code an error, not a Llama with random attention.
 
 MODEL_TYPE_PREFIX = "dtr_"
 
