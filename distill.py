@@ -419,8 +419,7 @@ def load_blocks(runs, model, layers=None):
         mixer = MIXERS[attn].from_attention(attention[layer], model.config, layer, init, seed=None)
         with blame(f"{layer_file(run, layer)} does not hold a {attn} module of this size"):
             mixer.load_state_dict(load_file(layer_file(run, layer)))
-        device = next(attention[layer].parameters()).device
-        mixers[layer] = mixer.to(device, model.dtype).eval().requires_grad_(False)
+        mixers[layer] = mixer.eval().requires_grad_(False)
     return mixers
 
 
