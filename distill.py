@@ -496,7 +496,7 @@ def train_demo_teacher():
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, 3 * (1 - step / DEMO_STEPS))
         ids = torch.tensor(demo_rows("copy", 48, rng) + demo_rows("chain", 16, rng))    # [64, 48]
         model(ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
     return model
