@@ -275,8 +275,7 @@ def test_kernels_equal_the_loop(op, dtype):
 
 
 def check_gates(op):
-    """NaN in g reaches the outputs; GLA takes g below -5 for -5; the gradients of A_log and dt_bias
-    survive strong decay; gradients are right where one output is used."""
+    """NaN in g shows; GLA clamps g at -5; A_log's gradient survives; one output is enough."""
     ours = functools.partial(getattr(kernels, op), backend="triton")
     loop = getattr(kernels, op + "_recurrent")
     inputs = kernels.random_inputs(op, (1, 70, 2, 16, 24), "strongest", torch.float32)
@@ -324,8 +323,7 @@ def check_states(op):
 
 
 def check_modules(attn):
-    """The same hybrid on the torch forms and on the kernels: outputs, decoding, and training. One
-    layer, because the interpreter takes seconds for each."""
+    """One layer on torch forms and on kernels: outputs, decoding, training."""
     model = random_model(small("Llama", num_hidden_layers=1))
     mixers, ids, launched = shaken_mixers(model, attn), tokens(1, 18), []
     launch, use_triton = kernels._launch, kernels._use_triton
@@ -363,10 +361,9 @@ def check_modules(attn):
 @pytest.mark.parametrize("check", [*itertools.product(("check_gates", "check_states"), kernels.OPS),
                                    *(("check_modules", attn) for attn in MIXERS)], ids="-".join)
 def test_kernels_in_the_interpreter(check):
-    """A NaN gate once became the strongest decay, rounding hid A_log's gradient, a forked state was
-    overwritten; and a mixer that hands its kernel other inputs would be another model."""
-    run = python("-c", "import test_all as t; t.torch.set_num_threads(1); t.{}({!r})".format(*check),
-                 TRITON_INTERPRET="1")
+    """A kernel would hide a NaN gate, overwrite a forked state, or read other inputs than torch."""
+    code = "import test_all as t; t.torch.set_num_threads(1); t.{}({!r})".format(*check)
+    run = python("-c", code, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
@@ -419,8 +416,7 @@ def test_all_else_works_without_triton():
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", (False, True))
 def test_kernels_script_checks_itself(wrong):
-    """The command that a GPU user runs first must work, and a check that cannot fail is worthless:
-    here outputs of the chunk kernels are off by one part in ten, and final states are missing."""
+    """A GPU user's first command must work, and a check that cannot fail is worthless."""
     code = ("chunks = kernels._Kernels.apply\nkernels._Kernels.apply = lambda *x: tuple("
             "y * z for y, z in zip(chunks(*x), (1.1, float('nan'))))\n") * wrong
     run = python("-c", f"import kernels, sys; sys.argv = ['kernels.py']\n{code}kernels.main()",
@@ -546,9 +542,7 @@ def run_elsewhere(code, path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inherited_projections_are_the_teachers_q_k_v(family):
-    """A start from other rows than the family's attention uses (fused layouts, repeated heads,
-    norms) would be far from the teacher. At position 0 RoPE is the identity, so every token is
-    given position 0."""
+    """A start from other rows than the family's attention uses would be far from the teacher."""
     model, seen = random_model(small(family)), []
 
     def record(attn, query, key, value, *args, **kwargs):
@@ -558,6 +552,7 @@ def test_inherited_projections_are_the_teachers_q_k_v(family):
         return torch.zeros_like(query).transpose(1, 2), None
 
     def compare(attn, args, kwargs, output):
+        # RoPE is the identity at position 0, which every token has here
         mixer = MIXERS["gla"].from_attention(attn, model.config, len(seen) - 1)
         q, k, v = mixer.project(args[0] if args else kwargs["hidden_states"])
         if family == "OPT":                         # OPT scales q before its attention function
@@ -588,8 +583,7 @@ def test_falcon_is_inherited_in_its_three_layouts(layout):
 @pytest.mark.parametrize("attn", MIXERS)
 @pytest.mark.parametrize("init", ("inherit", "random"))
 def test_every_parameter_learns_and_the_seed_decides(attn, init):
-    """A parameter whose gradient is zero for ever (two zeroed factors) would not train, and a
-    start that the global generator decides could not be repeated."""
+    """A parameter between two zeroed factors never trains; a global generator is not repeatable."""
     model = random_model(small("Qwen2"))
     make = lambda seed: MIXERS[attn].from_attention(
         attention_modules(model)[0], model.config, 0, init, seed)
@@ -613,8 +607,7 @@ def test_every_parameter_learns_and_the_seed_decides(attn, init):
     (small("StableLm", num_hidden_layers=4, qk_layernorm=True),
      "StableLmLayerNormPerHead.*--init random")), ids=lambda x: getattr(x, "model_type", ""))
 def test_models_that_do_not_fit_are_named(config, message):
-    """A linear module there, or a guess at the layout, would compute wrong numbers silently.
-    StableLM has as many norms in its attention as layers, which are not taken for layers."""
+    """A linear module there, or a guess at the layout, would compute wrong numbers silently."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match=message):
         MIXERS["gdn"].from_attention(attention_modules(model)[0], config, 0)
@@ -629,9 +622,7 @@ LAYER_SETS = ((1,), (0, 2), (0, 1, 2))
 @pytest.mark.parametrize("attn", MIXERS)
 @pytest.mark.parametrize("family", fast((*DECODED, "eager"), "Llama", "GPT2"))
 def test_padding_may_stand_anywhere_and_come_in_pieces(family, attn):
-    """Real tokens read as in their row alone, without padding or cache: padding before, between
-    and behind them (the second turn of a batched chat), at once or in pieces of any size. Else
-    padded tokens stand in a convolution's taps and tail, or write to a state."""
+    """Padding would stand in a convolution's taps and tail, or write to a state."""
     model = random_model(small("Qwen2" if family == "eager" else family), scale=3.0)
     model.set_attn_implementation("eager" if family == "eager" else "sdpa")
     ids, mask = tokens(4, 14), torch.ones(4, 14, dtype=torch.long)
@@ -655,8 +646,7 @@ def test_padding_may_stand_anywhere_and_come_in_pieces(family, attn):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_generation_modes(attn):
-    """Greedy, beam, padded and chunked generation with a cache would give other tokens than
-    decoding without one if a state were lost, or kept for another row."""
+    """A state that is lost, or kept for another row, changes what a cache generates."""
     model = random_model(small("Llama"), scale=3.0)
     mixers, ids = shaken_mixers(model, attn), tokens(2, 9)
     mask = torch.ones_like(ids)
@@ -675,8 +665,7 @@ def test_generation_modes(attn):
 @pytest.mark.parametrize("attn", MIXERS)
 @pytest.mark.parametrize("family", fast(("Llama", "GPTNeoX", "GPT2"), "Llama"))
 def test_packed_documents_do_not_see_each_other(family, attn):
-    """Positions that restart inside a row (SFTTrainer(packing=True)), documents shorter than the
-    convolution included: outputs and gradients would be of documents run together."""
+    """Rows packed by SFTTrainer would give outputs and gradients of documents run together."""
     model = random_model(small(family), scale=3.0)
     mixers, lengths = shaken_mixers(model, attn), (5, 1, 2, 7, 3)
     ids, positions = tokens(2, sum(lengths)), torch.cat([torch.arange(n) for n in lengths])
@@ -693,8 +682,7 @@ def test_packed_documents_do_not_see_each_other(family, attn):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_flash_attention_gives_a_flat_mask_or_positions(attn):
-    """Its mask is [B, K], and documents show in positions alone; a mixer that read neither would
-    read padding, or another document."""
+    """A mixer that ignores [B, K] masks or positions would read padding or another document."""
     model = random_model(small("Llama"), scale=3.0)
     mixer, x = shaken_mixers(model, attn)[0], torch.randn(1, 9, 32)
     for mask in (torch.arange(9)[None] > 2, torch.arange(9)[None] < 6):
@@ -741,8 +729,7 @@ def test_caches_are_known_by_every_name_or_refused():
 
 @pytest.mark.parametrize("attn, channels", (("gla", 0), ("gdn", 3 * 32), ("jet", 32)))
 def test_bytes_of_a_linear_layers_memory(attn, channels):
-    """A memory that grew with the tokens would cost what softmax attention costs. It is H D D fp32
-    numbers and W - 1 inputs of the convolution; a softmax layer keeps 2 kv_heads D per token."""
+    """A memory that grew with the tokens would cost what softmax attention costs."""
     model = random_model(small("Llama")).bfloat16()
     swap(model, 1, shaken_mixers(model, attn)[1])
     for length in (8, 24):
@@ -812,18 +799,14 @@ def saved(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("family, pair", SAVED_CASES)
 def test_saved_hybrid_loads_where_the_project_is_unknown(family, pair, saved):
-    """Two loads and a second save give equal bits, and the logits and the cached text of a
-    left-padded batch are the hybrid's. Bases whose files have other key names (GPT-NeoX, most
-    mixtures of experts) came back with random weights."""
+    """Bases whose files have other key names, such as GPT-NeoX, came back with random weights."""
     found, misfits = torch.load(saved[0] / f"{family}-{pair}" / "outputs.pt")
     assert misfits == 0
     assert all(all(map(torch.equal, outputs, saved[1][family, pair])) for outputs in found)
 
 
 def test_a_hybrid_that_does_not_fit_is_refused(lab, tmp_path, script):
-    """transformers itself would draw missing tensors at random and go on, cut a linear layer into
-    ranks, or build a plain model. A config of one mixer for all layers, as older hybrids have,
-    still loads; a base without mixers is an ordinary base."""
+    """transformers would draw missing tensors at random, or cut linear layers into ranks."""
     (model, tokenizer), base, path = load_lab_model(lab), tmp_path / "base", tmp_path / "hybrid"
     linear_attn.save_hybrid(model, base, tokenizer)
     auto = transformers.AutoModelForCausalLM
@@ -973,8 +956,7 @@ def log_rows(run):
 # distill.py
 
 def test_teacher_forward_stops_early_and_leaves_no_trace(lab):
-    """Each hook sees the attention's own input and output; the head and what follows the last
-    wanted attention never run; activation graphs do not pile up."""
+    """Layers would learn from other inputs, the head would run for nothing, hooks would pile up."""
     model, _ = load_lab_model(lab)
     ids, seen, ran = tokens(2, 9), {}, []
     hidden = model(ids, output_hidden_states=True).hidden_states
@@ -993,8 +975,7 @@ def test_teacher_forward_stops_early_and_leaves_no_trace(lab):
 
 
 def test_layers_apart_equal_layers_together(lab, runs, tmp_path, script):
-    """--layers 1 and --layers 0,2-3 give bit for bit what all four together gave; joined again
-    they are usable as one. Otherwise layers could not be distilled on several machines."""
+    """Layers could not be distilled on several machines and joined."""
     for name, layers in (("a", "1"), ("b", "0,2-3")):
         script(distill_command(lab, tmp_path / name, attn="jet", layers=layers))
     assert_same_layers(tmp_path / "a", runs["jet"], [1])
@@ -1007,8 +988,7 @@ def test_layers_apart_equal_layers_together(lab, runs, tmp_path, script):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_distillation_learns_and_its_numbers_are_reproducible(lab, runs, attn):
-    """Training lowers every layer's error; the saved tensors give the printed held-out numbers
-    when they are computed anew from the definition; the teacher is untouched."""
+    """Printed errors would not be the saved tensors', or training would change the teacher."""
     record = distill.read_run(runs[attn])
     model, _ = load_lab_model(lab)
     before, inputs, outputs = copy.deepcopy(model.state_dict()), {}, {}
@@ -1035,8 +1015,7 @@ def test_distillation_learns_and_its_numbers_are_reproducible(lab, runs, attn):
 
 
 def test_a_solve_is_the_ridge_regression_and_hardly_needs_fp64(lab, monkeypatch):
-    """o_proj comes out as fp64 gives it from the definition, though GPUs for games, which multiply
-    in fp64 at 1/64 of their speed, only have to multiply in fp32; and it lowers the error."""
+    """o_proj would not be the solution, or cost hours on GPUs that are slow in fp64."""
     model, _ = load_lab_model(lab)
     mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
     data, pairs, seen = [tokens(8, 32, seed=s) for s in range(4)], [], []
@@ -1070,8 +1049,7 @@ def test_a_solve_is_the_ridge_regression_and_hardly_needs_fp64(lab, monkeypatch)
 
 
 def test_a_solve_does_not_fit_noise(lab):
-    """Long training leaves little to solve; a regression on few tokens would put their noise in
-    its place, so a solve reads 8 batches or 32 tokens for each of the 32 features."""
+    """A regression on few tokens would put their noise in the place of what training learned."""
     model, tokenizer = load_lab_model(lab)
     mixers = distill.make_mixers(model, "gdn", [0, 3], "inherit", 0)
     corpus, args = lab_corpus(lab, tokenizer, seq_len=32)
@@ -1091,8 +1069,7 @@ def test_a_solve_does_not_fit_noise(lab):
 @pytest.mark.parametrize("attn, steps", (("gdn", 1), ("gdn", 8), ("jet", 1), ("gla", 8)))
 def test_a_short_distillation_does_not_end_worse_than_it_began(
         lab, steps, attn, tmp_path, script):
-    """Adam's first steps move every weight by the whole rate: they undid what was solved. And no
-    product is rounded to TF32, which some containers switch on: too coarse for the solve."""
+    """Adam's first steps undid what was solved; TF32, which some containers set, is too coarse."""
     torch.set_float32_matmul_precision("high")
     result, _ = script(distill_command(lab, tmp_path / "out", tokens=128 * steps, attn=attn))
     assert torch.get_float32_matmul_precision() == "highest"
@@ -1171,8 +1148,7 @@ def test_killed_distillation_ends_in_the_same_tensors(lab, tmp_path):
 
 
 def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, script):
-    """Stopped after each checkpoint, with its log torn and half a checkpoint behind, the run ends
-    as if it had not been; once more, it prints its result."""
+    """A stop between two steps, a torn log or half a checkpoint would change the result."""
     flags = dict(attn="gla", tokens=640, resume=True)                           # 5 steps
     script(distill_command(lab, tmp_path / "whole", **flags))
     save, out = distill.save_checkpoint, tmp_path / "stopped"
@@ -1203,8 +1179,7 @@ def lab_corpus(lab, tokenizer, data=None, **flags):
 
 
 def test_a_file_is_packed_held_out_and_repeated(lab, tmp_path):
-    """No token of a file is lost or trained on twice in a pass, the held-out chunks never are, and
-    a resume sees the later batches; whatever kind of file it is."""
+    """Tokens would be lost, trained on twice in a pass, or both held out and trained on."""
     import datasets
     _, tokenizer = load_lab_model(lab)
     text = (lab / "corpus.jsonl").read_bytes()
@@ -1236,8 +1211,7 @@ def test_documents_are_delimited():
 
 
 def test_streams_are_mixed_by_tokens_and_resume(lab, tmp_path):
-    """Two local datasets in place of Hub ids, through datasets' streaming: proportions by tokens,
-    the held-out chunks never come back, a later start sees the same batches."""
+    """Mixed streams would miss their proportions, leak held-out chunks or resume elsewhere."""
     _, tokenizer = load_lab_model(lab)
     rng = random.Random(0)
     for name, low, length in (("a", 0, 50), ("b", 32, 10)):
@@ -1258,8 +1232,7 @@ def test_streams_are_mixed_by_tokens_and_resume(lab, tmp_path):
 
 
 def test_rows_without_text_are_skipped_and_counted(lab, tmp_path, script):
-    """One null text would end a distillation, at the same row after every resume; a column that
-    starts with nothing else is refused."""
+    """One null text would end a distillation, at the same row after every resume."""
     good = [json.loads(line) for line in (lab / "corpus.jsonl").read_text().splitlines()] * 15
     for name, bad in (("clean", []), ("nulls", [{"text": None}, {"text": ""}])):
         (tmp_path / name).mkdir()
@@ -1299,8 +1272,7 @@ class Letters:
     (True, "a?\n", "b", False, "a?|b"), (True, "a?", "\n", False, "a?|"),       # no token is left
     (True, "", "?\n", None, "\1|\7"), (True, " \n", "b", None, "\1\2|\nb\2")))
 def test_pairs_are_cut_as_the_harness_cuts_them(merges, context, continuation, bos, tokens):
-    """The context's tokens are those of the context alone, even if a token spans its end: else 18
-    of 33 log-likelihoods under a tokenizer like Qwen2.5's are wrong."""
+    """18 of 33 log-likelihoods under a tokenizer like Qwen2.5's would differ from the harness's."""
     start, rest = tokens.split("|")
     assert evaluation.encode_pair(Letters(merges), context, continuation, bos) == (
         list(map(ord, start + rest)), len(rest))
@@ -1334,8 +1306,7 @@ def test_texts_without_tokens_are_refused(lab, tmp_path, item, says):
 
 
 def test_accuracies_by_hand():
-    """acc by sums, acc_norm by characters, ties to the first, an empty choice never wins, NaN
-    counts as the maximum, as in numpy."""
+    """Ties, NaN, empty choices or lengths would be counted otherwise than the harness does."""
     for choices, gold, lls, acc, acc_norm in (
             (["aaaa", "b", "cc"], 0, [-4.0, -3.0, -5.0], 0, 1), (["a", "bb"], 0, [-1, -1], 1, 0),
             (["", "b"], 1, [-1, -2], 0, 1), (["a", "bb"], 0, [math.nan, -1.0], 1, 1)):
@@ -1363,8 +1334,7 @@ def test_equal_requests_are_asked_once(lab):
 
 
 def test_generation_ends_at_eos_and_takes_any_generation_config(lab):
-    """The harness ends a text at EOS written as characters, too; a generation config that asks for
-    a dict ended in a traceback."""
+    """EOS written as characters would not end a text; a config that asks for a dict crashed."""
     model, split = prepared(lab, "generate", batch_size=4)
     model.generation_config.return_dict_in_generate = True
     texts = [text for text, in evaluation.evaluate(model, split).outputs]
@@ -1450,8 +1420,7 @@ def test_scores_that_are_not_finite_stop(lab):
 
 
 def test_eval_script(lab, tmp_path, script):
-    """Otherwise the items on disk are not those of the printed score, or one file's items replace
-    those of another file with the same name."""
+    """The items on disk would not be those of the printed score, or of another file."""
     (tmp_path / "val.jsonl").write_text("".join((lab / "val.jsonl").open().readlines()[:7]))
     tasks = [lab / "val.jsonl", lab / "generate.jsonl", tmp_path / "val.jsonl"]
     result, _ = script(command("eval.py", model=lab / "model", task=",".join(map(str, tasks)),
@@ -1712,6 +1681,7 @@ def test_scores_by_hand(name, doc, outputs, metrics):
 
 
 def test_batches_are_even_and_shared_out_evenly():
+    """One rank would have a batch more than the others, or a last batch of one document."""
     for n, size in itertools.product((1, 2, 3, 5, 81, 400), (1, 2, 8, 32, 500)):
         batches = evaluation.even_batches(list(range(n)), size)
         assert sum(batches, []) == list(range(n))
@@ -1827,8 +1797,7 @@ def test_named_tasks_come_before_files(tmp_path, monkeypatch):
 
 @needs_shared
 def test_pubmedqas_official_split_is_made_again(monkeypatch):
-    """The Hub has the labelled rows unsplit: in their original order they give the official test
-    set, item by item; in another order that is said, with the flags that work."""
+    """The Hub's unsplit rows would give another test set than the official one, silently."""
     import datasets
     search, test = (load_docs(TASKS["PM"], "", SHARED / f"data/pubmedqa/{name}.jsonl")
                     for name in ("validation", "test"))
@@ -2108,8 +2077,7 @@ def test_no_fence_no_programs(kind, tmp_path, monkeypatch):
 
 @linux
 def test_code_scores():
-    """Without it a model's programs run although nobody allowed that, or other programs run than
-    lm-evaluation-harness runs."""
+    """A model's programs would run without leave, or other programs than the harness runs."""
     doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
     humaneval, mbpp, shot = TASKS["HE"], TASKS["mbpp"], MBPP_SHOTS[1]
     for task, item in ((humaneval, doc), (mbpp, shot)):
@@ -2164,8 +2132,7 @@ def test_greedy_equals_a_brute_force():
 
 
 def test_greedy_on_a_table_with_a_known_answer():
-    """Without it, brute force and search could share a misreading of the paper, or compare
-    0.95 * 0.6 and 0.1 + 0.2 by their last bits."""
+    """Brute force and search could share a misreading, or compare 0.95 * 0.6 by its last bits."""
     scores = {(): 0.80, (0,): 0.70, (1,): 0.80, (2,): 0.80, (0, 1): 0.79, (1, 2): 0.78,
               (0, 1, 2): 0.50}
     search = table_search(scores.get, 3, max_drop=0.05)
@@ -2230,8 +2197,7 @@ def naive_table(model, tokenizer, mixers, path):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_search_equals_a_brute_force_from_scratch(lab, runs, searches, attn):
-    """Without it, result.json or the saved models could differ from Algorithm 1's, and an
-    evaluation could be run twice."""
+    """result.json or the saved models could differ from Algorithm 1's."""
     (result, cost), rows = result_of(searches[attn]), journal_of(searches[attn])
     model, tokenizer = load_lab_model(lab)
     table = naive_table(model, tokenizer, distill.load_blocks(str(runs[attn]), model),
@@ -2307,8 +2273,7 @@ def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, script):
 
 
 def test_a_bf16_base_gives_a_bf16_hybrid_with_a_card(lab, runs, tmp_path, monkeypatch, script):
-    """Without it, a CPU, which holds bf16 models in fp32, would save fp32 numbers that were never
-    scored; or the card would lack what a user of the model must know."""
+    """A CPU would save fp32 numbers that were never scored; the card would lack what users need."""
     base, opt, warned = tmp_path / "base", tmp_path / "out" / "opt", []
     model, tokenizer = load_lab_model(lab)
     model.bfloat16().save_pretrained(base)
@@ -2410,8 +2375,7 @@ def assert_as_one_by_one(outputs, model, split):
 
 @pytest.mark.parametrize("family", fast(TABLES, "GPT2", "Llama, longrope"))
 def test_padding_reaches_no_further_than_the_positions(family):
-    """Requests up to the model's limit, of very different length: in batches as one by one. Past a
-    table of positions is an IndexError; past longrope's border every position's factors change."""
+    """Padding past a table of positions crashes; past longrope's border it changes every score."""
     limit, rng, tokenizer = 50, random.Random(0), distill.demo_tokenizer()
     model = random_model(small(family, max_position_embeddings=limit, **TABLES[family]), scale=2.0)
     sizes = ((limit - 1, 2), (3, limit - 4), (limit - 9, 9), (20, 7), (5, 3), (25, 25))
@@ -2429,8 +2393,7 @@ def test_padding_reaches_no_further_than_the_positions(family):
 
 @pytest.mark.parametrize("family", OWN_LINEAR)
 def test_base_models_with_linear_layers_of_their_own(family, lab, tmp_path, script):
-    """They are scored, their states forked several times from the same prefixes, which stay as
-    they are; but they are not converted."""
+    """Their states would be forked wrongly in scoring, or their layers converted."""
     model = random_model(small(family, **OWN_LINEAR[family]))
     split = search_split(model, "choices", 4)
     assert_as_one_by_one(evaluation.evaluate(model, split).outputs, model, split)
@@ -2465,9 +2428,7 @@ def tokens_through(modules, function):
 @pytest.mark.parametrize("kind", ("choices", "single", "generate", "whole"))
 @pytest.mark.parametrize("family", fast(SEARCHED, "Llama", "Gemma3Text"))
 def test_every_way_gives_the_same(family, kind):
-    """Otherwise a score depends on how it was computed: with shared layers (equal to --plain bit
-    for bit), shared contexts, batches of any size, or one request after the other without a cache;
-    or the reported cost is not the one that was paid."""
+    """A score would depend on batches, shared layers or contexts; or its cost would be wrong."""
     attn = list(MIXERS)[(list(SEARCHED).index(family) + len(kind)) % 3]
     model, mixers, _ = search_case(family, attn, kind, 1)
     modules, num_layers = (*attention_modules(model), *mixers.values()), len(mixers)
@@ -2527,8 +2488,7 @@ def test_benchmark_of_both_phases(script):
 @pytest.mark.parametrize("attn, items, batch_size", (
     ("gdn", "val", 1), ("gla", "val", 8), ("jet", "val", 32), ("jet", "generate", 8)))
 def test_slower_ways_find_the_same(lab, runs, attn, items, batch_size, tmp_path, script):
-    """--plain gives the same result.json but for the cost, which is L + sum over rounds of (max C +
-    sum over C of (L - l)) of L (1 + sum of |C|); --whole the same order and accuracies."""
+    """--plain or --whole would give another result.json than the fast way."""
     found = []
     for way in ("whole", "plain", "shared"):
         _, err = script(replace_command(
@@ -2604,8 +2564,7 @@ def test_linear_probes():
 
 
 def test_impact_scores(lab, monkeypatch):
-    """Without it, the probes could read other states than a prompt's mean attention output; equal
-    modules have an impact of 0."""
+    """The probes could read other states than a prompt's mean attention output."""
     model, split = prepared(lab, "val", batch_size=5)
     mixers, seen = distill.make_mixers(model, "gdn", [0, 1, 2, 3], "inherit", 0), []
     pooled = replace.pooled_outputs(model, mixers, split)
@@ -2829,8 +2788,7 @@ def test_one_run_at_a_time(lab, runs, tmp_path, script):
                     reason="../shared/tools/pretend_gpu.py is not here")
 @pytest.mark.slow
 def test_distillation_on_another_device(lab, tmp_path):
-    """A number made on the CPU among the device's would end it; a step that asks for its losses
-    would wait for the device."""
+    """A tensor left on the CPU would end it; a step that asks for its losses would wait."""
     waits = []
     for steps in (2, 3):
         words = distill_command(lab, tmp_path / str(steps), layers=0, tokens=128 * steps,
@@ -2977,8 +2935,7 @@ def test_layers_are_numbers_and_ranges():
     (KeyboardInterrupt(), True, 130, "intact"),
     (KeyError("n"), True, KeyError, ""), (TypeError("n"), False, TypeError, "")))
 def test_exit_codes(tmp_path, monkeypatch, capsys, error, written, code, says):
-    """2 for bad input, also in a library's words; 1 for a failure during the work; a traceback is
-    left for faults of this program alone."""
+    """A user's mistake would end in a traceback, or a fault of this program in one sentence."""
     def main():
         if written:
             evaluation.write_json(tmp_path / "file", 1)
@@ -2998,8 +2955,7 @@ def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, script):
 
 @pytest.mark.parametrize("what", ("loss", "weights"))
 def test_no_checkpoint_holds_what_is_not_finite(lab, what, tmp_path, monkeypatch, script):
-    """A loss can be finite and its gradient not. Either way the layer and the step are named, and
-    the checkpoint from before is whole."""
+    """A finite loss with an infinite gradient would spoil the last good checkpoint."""
     train_step, calls = distill.train_step, itertools.count()
 
     def broken(model, mixers, *args):
