@@ -166,26 +166,6 @@ def test_the_delta_rule_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("op", kernels.OPS)
-def test_a_split_sequence_gives_the_same(op):
-    """A state that does not carry everything over breaks prefill in parts, and decoding."""
-    function = getattr(kernels, op)
-    inputs = kernels.random_inputs(op, (2, 66, 2, 16, 24), "mild", torch.float64)
-
-    def in_parts(*inputs, lengths):
-        *inputs, state = inputs
-        outputs = []
-        for part in zip(*(x.split(lengths, 1) for x in inputs)):
-            o, state = function(*part, state)
-            outputs.append(o)
-        return torch.cat(outputs, 1), state
-
-    for at in (1, 3, 16, 40, 65):
-        assert worst(functools.partial(in_parts, lengths=[at, 66 - at]), function, inputs) <= 1e-10
-    with torch.no_grad():                                                   # decoding
-        assert worst(functools.partial(in_parts, lengths=1), function, inputs) <= 1e-10
-
-
-@pytest.mark.parametrize("op", kernels.OPS)
 def test_dtypes_and_refusals(op):
     """Outputs in another dtype, changed inputs or broadcast shapes could go unnoticed."""
     function = getattr(kernels, op)
@@ -323,7 +303,7 @@ def check_states(op):
 
 
 def check_modules(attn):
-    """One layer on torch forms and on kernels: outputs, decoding, training."""
+    """One layer on torch forms and on kernels: outputs, decoding, gradients."""
     model = random_model(small("Llama", num_hidden_layers=1))
     mixers, ids, launched = shaken_mixers(model, attn), tokens(1, 18), []
     launch, use_triton = kernels._launch, kernels._use_triton
@@ -332,29 +312,20 @@ def check_modules(attn):
 
     def run(backend):
         kernels._use_triton = lambda _, *args, **kw: use_triton(backend, *args, **kw)
-        student, losses = copy.deepcopy(model), []
-        for i, mixer in mixers.items():
-            swap(student, i, copy.deepcopy(mixer))
+        student, swapped = copy.deepcopy(model), copy.deepcopy(mixers)
+        swap(student, 0, swapped[0])
         with torch.no_grad():
             prefill = student(ids[:, :12], use_cache=True)
             step = student(ids[:, 12:13], past_key_values=prefill.past_key_values)
-        student.requires_grad_(True)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-        for _ in range(20):
-            loss = student(ids, labels=ids, use_cache=False).loss
-            losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return prefill.logits, step.logits, losses
+        mixer = swapped[0].requires_grad_(True)
+        loss = student(ids, labels=ids, use_cache=False).loss
+        return prefill.logits, step.logits, *torch.autograd.grad(loss, tuple(mixer.parameters()))
 
-    *outputs, losses = run("torch")
+    wanted = run("torch")
     assert not launched
-    *ours, our_losses = run("triton")
+    found = run("triton")
     assert {"_step", "_gla_gradients" if attn == "gla" else "_delta_gradients"} <= set(launched)
-    assert all(relative(x, y) <= 1e-5 for x, y in zip(ours, outputs))
-    assert losses[-1] < 0.9 * losses[0]
-    assert max(abs(x - y) for x, y in zip(our_losses, losses)) <= 1e-4
+    assert all(relative(x, y) <= 1e-4 for x, y in zip(found, wanted, strict=True))
 
 
 @pytest.mark.slow
@@ -498,11 +469,11 @@ def compile_jobs(arch, monkeypatch):
         x = x.unflatten(2, (8, 128))
         outputs += [kernels.gated_rms_norm(x), kernels.gated_rms_norm(x, tensor(128), x)]
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-    return jobs.values()
+    return list(jobs.values())
 
 
 def compiled(job):
-    """What the compiler and the assembler say about a kernel; ptxas as by _use_sound_ptxas."""
+    """(spilled bytes, shared KiB, kinds of matrix products) of a kernel, by _use_sound_ptxas."""
     name, signature, constants, divisible, options, arch = job
     from triton.backends.compiler import GPUTarget
     tools, triton = kernels.triton.knobs.nvidia, kernels.triton
@@ -513,21 +484,20 @@ def compiled(job):
     said = subprocess.run([ptxas.path, "-v", f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), "-o",
                            os.devnull, "/dev/stdin"], input=kernel.asm["ptx"],
                           capture_output=True, text=True).stderr
-    return dict(kernel=name, arch=arch, constants=constants, options=options,
-                spilled=max(int(x) for x in re.findall(r"(\d+) bytes spill", said)),
-                shared_kb=kernel.metadata.shared / 1024,
-                matrix=[x for x in ("wgmma", "mma.sync") if x in kernel.asm["ptx"]])
+    return (max(int(x) for x in re.findall(r"(\d+) bytes spill", said)),
+            kernel.metadata.shared / 1024,
+            [x for x in ("wgmma", "mma.sync") if x in kernel.asm["ptx"]][:1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch, shared_kb, matrix", ((80, 163, "mma.sync"), (90, 227, "wgmma")))
-def test_kernels_compile_without_spills(arch, shared_kb, matrix, monkeypatch):
+@pytest.mark.parametrize("arch, memory, matrix", ((80, 163, "mma.sync"), (90, 227, "wgmma")))
+def test_kernels_compile_without_spills(arch, memory, matrix, monkeypatch):
     """A kernel that outgrows an A100 or H100 would be slow or fail there; no CPU run shows it."""
+    jobs = compile_jobs(arch, monkeypatch)
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        for row in pool.map(compiled, compile_jobs(arch, monkeypatch)):
-            assert row["spilled"] <= 64 and row["shared_kb"] <= shared_kb, row
-            products = not row["kernel"].startswith(("_step", "_conv", "_norm"))
-            assert row["matrix"][:1] == [matrix] * products, row
+        for job, (spilled, shared, products) in zip(jobs, pool.map(compiled, jobs)):
+            assert spilled <= 64 and shared <= memory, job
+            assert products == [matrix] * (not job[0].startswith(("_step", "_conv", "_norm"))), job
 
 
 # ------------------------------------------------------------------------------------------------
@@ -833,23 +803,19 @@ def test_a_hybrid_that_does_not_fit_is_refused(lab, tmp_path, script):
         linear_attn.load_hybrid(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
-@pytest.mark.parametrize("word", ("apply_chat_template", "peft"))
-def test_readme_chats_and_fine_tunes(word, lab, tmp_path):
+def test_readme_chats_and_fine_tunes(lab, tmp_path):
     """README's lines would not run, or not train, on a saved hybrid in another process."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    code, = (block for block in blocks if word in block)
+    code, = (block for block in readme_blocks() if "peft" in block)
     model, tokenizer = load_lab_model(lab)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with replace.replaced(model, shaken_mixers(model, "jet"), (1, 2)):
         linear_attn.save_hybrid(model, tmp_path / "runs" / "jet-pubmedqa" / "opt", tokenizer)
         before = model(tokens(1, 5)).logits
-    printed = run_elsewhere(code, tmp_path)
-    if word == "peft":
-        after = linear_attn.load_hybrid(tmp_path / "runs" / "tuned")(tokens(1, 5)).logits
-        assert after.isfinite().all() and not torch.equal(before, after)
-    else:
-        assert printed.strip()
+    assert run_elsewhere(code, tmp_path).strip()
+    after = linear_attn.load_hybrid(tmp_path / "runs" / "tuned")(tokens(1, 5)).logits
+    assert after.isfinite().all() and not torch.equal(before, after)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -875,7 +841,10 @@ def lab(tmp_path_factory):
 
 
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
 
 
 def command(script, **flags):
@@ -897,13 +866,18 @@ def replace_command(lab, blocks, out, **flags):
         "test": lab / "test.jsonl", "out": out, "batch_size": 8, **flags})
 
 
+def run_main(words):
+    """Runs a script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        evaluation.run_script(importlib.import_module(Path(words[0]).stem).main)
+
+
 def call(words, monkeypatch, capsys):
     """Run a script in this process -> (exit code, last stdout line as JSON or None, stderr)."""
-    module = importlib.import_module(Path(words[0]).stem)
-    monkeypatch.setattr(sys, "argv", [str(w) for w in words])
     capsys.readouterr()
     try:
-        evaluation.run_script(module.main)
+        run_main(words)
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -930,11 +904,19 @@ def start(words, ranks=0, **kwargs):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
+def finished(words, **kwargs):
+    """Runs a script in a process of its own to its end -> its last stdout line as JSON."""
+    process = start(words, **kwargs)
+    out, err = process.communicate()
+    assert process.returncode == 0 and len(out.splitlines()) == 1, err
+    return json.loads(out)
+
+
 @pytest.fixture(scope="session")
 def runs(lab):
     """A finished distillation of each mixer."""
-    processes = [start(distill_command(lab, lab / attn, attn=attn)) for attn in MIXERS]
-    assert all(process.communicate() and process.returncode == 0 for process in processes)
+    for attn in MIXERS:
+        run_main(distill_command(lab, lab / attn, attn=attn))
     return {attn: lab / attn for attn in MIXERS}
 
 
@@ -1095,56 +1077,26 @@ def test_schedule_and_clip_are_per_layer(lab):
 
 
 def test_only_one_students_graph_is_alive(lab):
-    """Memory held for backward does not grow with the number of layers."""
-    model, _ = load_lab_model(lab)
-
-    def peak(layers):
-        mixers = distill.make_mixers(model, "gdn", layers, "inherit", 0)
-        alive, most = [0], [0]
-
-        class Held:
-            def __init__(self, tensor):
-                self.tensor, self.size = tensor, tensor.numel()
-                alive[0] += self.size
-                most[0] = max(most[0], alive[0])
-
-            def __del__(self):
-                alive[0] -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-            distill.train_step(model, mixers, distill.make_optimizers(mixers), tokens(4, 32), 1e-3)
-        return most[0]
-
-    assert peak([0, 1, 2, 3]) <= 1.05 * peak([0])
+    """Memory would grow with the layers if one's forward came before another's backward."""
+    model, events = load_lab_model(lab)[0], []
+    mixers = distill.make_mixers(model, "gdn", range(4), "inherit", 0)
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda kept: events.append("kept") or kept, lambda kept: events.append("used") or kept):
+        distill.train_step(model, mixers, distill.make_optimizers(mixers), tokens(4, 32), 1e-3)
+    assert [event for event, _ in itertools.groupby(events)] == ["kept", "used"] * 4
 
 
-def killed_at_random(make_command, seed, kills=3):
-    """Start a script again and again, kill -9 it after random times, then let it end."""
-    rng = random.Random(seed)
+def killed_at_random(make_command, whole, killed):
+    """Runs a script to its end; and again, with kill -9 at three random moments."""
     seconds = time.perf_counter()
-    assert start(make_command("whole")).wait() == 0
+    assert finished(make_command(whole))
     seconds = time.perf_counter() - seconds
-    for _ in range(kills):
-        process = start(make_command("killed"))
-        time.sleep(seconds * rng.uniform(0.4, 0.9))
-        process.send_signal(signal.SIGKILL)
+    for share in (0.45, 0.7, 0.9):
+        process = start(make_command(killed))
+        time.sleep(seconds * share)
+        process.kill()
         process.communicate()
-    process = start(make_command("killed"))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_killed_distillation_ends_in_the_same_tensors(lab, tmp_path):
-    """kill -9 at random moments, a resume after each: tensors, errors and log of one whole run."""
-    make = lambda name: distill_command(lab, tmp_path / name, attn="jet", tokens=40000, resume=True)
-    result = killed_at_random(make, seed=0)
-    assert_same_layers(tmp_path / "whole", tmp_path / "killed")
-    a, b = (distill.read_run(tmp_path / n) for n in ("whole", "killed"))
-    assert a["held_out"] == b["held_out"] == result["held_out"]
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "killed")
-    assert not list(tmp_path.glob("killed/*checkpoint*"))
+    assert finished(make_command(killed))
 
 
 def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, script):
@@ -1300,7 +1252,7 @@ def test_log_likelihoods_equal_the_harness(case):
 def test_texts_without_tokens_are_refused(lab, tmp_path, item, says):
     """A choice without tokens scored 0, more than any other, and won; an empty prompt crashed."""
     model, tokenizer = load_lab_model(lab)
-    task, docs = file_task(jsonl(tmp_path / "items.jsonl", [item]))
+    task, docs = file_task(write_rows(tmp_path / "items.jsonl", [item]))
     with pytest.raises(UserError, match=f"items.jsonl line 1: the {says}.* has no tokens"):
         evaluation.Prepared(task, docs, model, tokenizer, 8)
 
@@ -1409,16 +1361,6 @@ def test_stop_strings_are_found_in_the_last_tokens():
     assert done == [True, True, False]
 
 
-def test_scores_that_are_not_finite_stop(lab):
-    """Otherwise NaN loses every comparison, and a broken hybrid gets a score."""
-    model, split = prepared(lab, "val")
-    mixers = distill.make_mixers(model, "gdn", [2], "inherit", 0)
-    mixers[2].o_proj.weight.data.fill_(math.nan)
-    with replace.replaced(model, mixers, (2,)):
-        with pytest.raises(FloatingPointError, match=r"line \d+.*\[2\]"):
-            evaluation.evaluate(model, split)
-
-
 def test_eval_script(lab, tmp_path, script):
     """The items on disk would not be those of the printed score, or of another file."""
     (tmp_path / "val.jsonl").write_text("".join((lab / "val.jsonl").open().readlines()[:7]))
@@ -1522,13 +1464,6 @@ HARNESS_NAME = {"swde": "swde_v1"}  # the harness's own swde is version 1 by now
 
 def sha(text):
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def jsonl(path, docs):
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(doc) + "\n" for doc in docs)
-    return str(path)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"],
@@ -1680,8 +1615,8 @@ def test_scores_by_hand(name, doc, outputs, metrics):
     assert TASKS[name].score(doc, outputs) == metrics
 
 
-def test_batches_are_even_and_shared_out_evenly():
-    """One rank would have a batch more than the others, or a last batch of one document."""
+def test_batches_are_even_and_cut_where_padding_costs_more():
+    """Ranks would wait for one with a batch more; uneven rows would read mostly padding."""
     for n, size in itertools.product((1, 2, 3, 5, 81, 400), (1, 2, 8, 32, 500)):
         batches = evaluation.even_batches(list(range(n)), size)
         assert sum(batches, []) == list(range(n))
@@ -1691,10 +1626,6 @@ def test_batches_are_even_and_shared_out_evenly():
         for ranks in (2, 4, 8):
             if 8 <= len(batches) < n:
                 assert len({len(batches[rank::ranks]) for rank in range(ranks)}) == 1
-
-
-def test_forwards_are_cut_where_padding_costs_more():
-    """Otherwise batches of uneven lengths read mostly padding, or every row has its own forward."""
     model = types.SimpleNamespace(device=torch.device("cpu"))
     lengths = [300, 299, 299, 100, 100, 20, 3]
     rows = [evaluation.Row(0, length, [0]) for length in random.Random(0).sample(lengths, 7)]
@@ -1708,26 +1639,13 @@ def test_forwards_are_cut_where_padding_costs_more():
 # ------------------------------------------------------------------------------------------------
 # eval.py: documents
 
-def test_names():
-    """The paper's short names find the harness's tasks, each with the paper's three scores."""
-    assert len(TASKS) == 19
-    for name in "ArcC ArcE BQ CQ HS OBA PIQA WG GSM8K MQ HE MBPP SWDE SAMSum TREC EC MK PM".split():
-        assert len(TASKS[name].paper) == 3
-    assert TASKS["arcc"] is TASKS["arc_challenge"]
-    with pytest.raises(UserError, match="arc_challenge"):
-        TASKS["arc"]
-
-
 @pytest.mark.parametrize("name, doc, why", [
     ("arc_easy", dict(ARC, answerKey="C"), "'C' is not in list"),
     ("boolq", dict(BOOLQ, label=-1), "-1 is not one of 2"),
-    ("hellaswag", dict(HELLASWAG, label=""), "'' is not in list"),
     ("pubmedqa", dict(PUBMED, final_decision="perhaps"), "'perhaps' is not one of 3"),
     ("gsm8k", dict(GSM8K, answer="five"), "no number"),
     ("winogrande", dict(WINOGRANDE, sentence=""), "substring not found"),
-    ("winogrande", dict(WINOGRANDE, answer="0"), "-1 is not one of 2"),
     ("mathqa", dict(MATHQA, options="1, 2, 3"), "not one of 0 choices"),
-    ("mathqa", dict(MATHQA, correct=""), "'' is not in list"),
     ("humaneval", dict(CODE, test="def check(:"), "SyntaxError"),
     ("longbench_samsum", dict(TREC, answers=[]), "is not a text"),
     ("mbpp", dict(MBPP, test_list=["assert f()"]), "IndexError"),
@@ -1736,13 +1654,12 @@ def test_names():
     ("choices", {"context": "c", "choices": ["a", 1], "gold": 0}, "TypeError"),
     ("choices", {"context": "c", "choices": ["a", "b"]}, "no gold"),
     ("choices", {"context": "c", "choices": ["a", "\ude00b"], "gold": 0}, "surrogates"),
-    ("answers", {"prompt": "\ud83d", "answer": "5"}, "surrogates"),
     ("answers", {"prompt": "p", "answer": 5}, "not a text"),
     ("answers", {"prompt": "p", "answer": "5", "stop": "x"}, "list of texts"),
     ("answers", {"prompt": "p", "answer": "5", "max_tokens": 0}, "positive")])
 def test_bad_documents_are_named(tmp_path, name, doc, why):
     """A document that cannot be asked or scored would end a run late, or count as wrong."""
-    path = jsonl(tmp_path / "docs.jsonl", [doc])
+    path = write_rows(tmp_path / "docs.jsonl", [doc])
     with pytest.raises(UserError, match=f"docs.jsonl line 1: not a document of {name} .*{why}"):
         load_docs(TASKS[name], "test", path) if name in TASKS else file_task(path)
 
@@ -1765,10 +1682,10 @@ def test_item_files(tmp_path):
     """The two kinds of items, and that rows are the same from every kind of file."""
     import datasets
     items = [{"context": "c", "choices": ["a", "b"], "gold": 1}]
-    task, docs = file_task(jsonl(tmp_path / "choices.jsonl.gz", items))
+    task, docs = file_task(write_rows(tmp_path / "choices.jsonl.gz", items))
     assert task is CHOICE_FILE and task.requests(docs[0]) == [("c", " a"), ("c", " b")]
     items = [{"prompt": "p", "answer": " 5", "stop": [";"], "max_tokens": 9}]
-    task, docs = file_task(jsonl(tmp_path / "answers.jsonl", items))
+    task, docs = file_task(write_rows(tmp_path / "answers.jsonl", items))
     assert task is GENERATE_FILE
     assert task.requests(docs[0]) == [("p", {"until": [";"], "max_gen_toks": 9})]
     assert task.score(docs[0], [" 5 ; 6"]) == {"exact_match": 1.0}
@@ -1782,12 +1699,17 @@ def test_item_files(tmp_path):
 
 
 def test_named_tasks_come_before_files(tmp_path, monkeypatch):
-    """A folder or a file called like a task hid it; other files need no ending."""
+    """A folder or a file called like a task hid it; the paper's short names are known too."""
+    assert len(TASKS) == 19 and TASKS["arcc"] is TASKS["arc_challenge"]
+    for name in "ArcC ArcE BQ CQ HS OBA PIQA WG GSM8K MQ HE MBPP SWDE SAMSum TREC EC MK PM".split():
+        assert len(TASKS[name].paper) == 3
+    with pytest.raises(UserError, match="arc_challenge"):
+        TASKS["arc"]
     monkeypatch.chdir(tmp_path)
     args = types.SimpleNamespace(docs=None, shot_docs=None, shots=None, allow_code_execution=False)
     (tmp_path / "gsm8k").mkdir()
     for name in ("PM", "items"):
-        jsonl(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
+        write_rows(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
     for name, task in (("gsm8k", TASKS["gsm8k"]), ("PM", TASKS["pubmedqa"]),
                        ("items", CHOICE_FILE), ("./PM", CHOICE_FILE)):
         assert evaluation.find_task(name, args) is task
@@ -1853,19 +1775,16 @@ def test_search_is_never_what_is_reported(hub, tmp_path):
     assert (len(search), len(report)) == (15, 20)
     assert not {doc["prompt"] for doc in search} & {doc["prompt"] for doc in report}
     docs = [dict(BOOLQ, question=str(i)) for i in range(300)]       # 50 are in both files
-    one, two = jsonl(tmp_path / "1.jsonl", docs[:200]), jsonl(tmp_path / "2.jsonl", docs[150:])
+    one = write_rows(tmp_path / "1.jsonl", docs[:200])
+    two = write_rows(tmp_path / "2.jsonl", docs[150:])
     search, report, notes = split_docs(TASKS["boolq"], one, two)
     assert search == docs[:150] and len(report) == 150 and "50" in notes[1]
     with pytest.raises(UserError, match="also reported"):
         split_docs(TASKS["boolq"], one, one)
-
-
-def test_paper_splits_leak_and_say_so(hub):
-    """The paper's reading is for comparison alone, so its result must not pass for a clean one."""
-    for name, size in (("boolq", 60), ("HE", 40)):
+    for name, size in (("boolq", 60), ("HE", 40)):      # as the paper may be read, for comparison
         search, report, notes = split_docs(TASKS[name], paper_splits=True)
         assert search == report and len(report) == size and "leaks" in notes[0]
-    for name in ("ArcE", "gsm8k"):  # the paper's reading of these does not leak
+    for name in ("ArcE", "gsm8k"):                      # the paper's reading of these has no leak
         assert split_docs(TASKS[name], paper_splits=True) == split_docs(TASKS[name])
 
 
@@ -1891,20 +1810,6 @@ def test_shots():
         TASKS["MathQA"].requests(MATHQA, [unsolved])
 
 
-def test_no_hub(monkeypatch):
-    """Without the Hub one sentence says which file does, with which fields."""
-    import datasets
-
-    def gated(*args, **kwargs):
-        raise ConnectionError("Couldn't reach it\nand more")
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(UserError) as caught:
-        load_docs(TASKS["PM"], "test")
-    for word in ("qiaojin/PubMedQA", "--docs", "CONTEXTS, QUESTION, final_decision", "log in",
-                 "reach it and more"):
-        assert word in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------------
 # eval.py: generated programs
 
@@ -1913,11 +1818,8 @@ HOSTILE = {
     "endless loop": "while True: pass",
     "deaf": "import signal\nfor i in range(1, 65):\n    try: signal.signal(i, signal.SIG_IGN)\n"
             "    except (OSError, ValueError): pass\nwhile True: pass",
-    "10 GB": "bytearray(10 * 2**30)",
     "10 GB, bit by bit": "x = []\nwhile True: x.append(bytearray(2**26))",
     "1 GB printed": "for _ in range(1024): print('x' * 2**20)",
-    "1 GB to stderr": "import os\nfor _ in range(1024):\n    try: os.write(2, b'x' * 2**20)\n"
-                      "    except OSError: pass",
     "1 GB file": "with open('big', 'wb') as file:\n"
                  "    for _ in range(1024): file.write(bytes(2**20))",
     "kill parent": "import os; os.kill(os.getppid(), 9)",
@@ -1938,7 +1840,6 @@ HOSTILE = {
     "become root": "import posix; posix.setuid({other})",
     "secret": "open({home!r} + '/secret').read()",
     "own home": "import os; os.listdir(os.path.expanduser('~'))[0]",
-    "stdin": "input()",
     "stdin, really": "import os; os.read(0, 1)",
     "exit": "import sys; sys.exit(0)",
     "exit, really": "import os; os._exit(0)",
@@ -2021,10 +1922,14 @@ def test_hostile_program(tmp_path, monkeypatch, name, kind):
 
 
 @linux
-def test_nothing_survives(kind, tmp_path):
-    """Without it processes that a program detached run on after its verdict, or delay it."""
+def test_fence_keeps_what_programs_need(kind, tmp_path):
+    """Right answers would fail, verdicts change from run to run, detached processes run on."""
     program = """
-import os, posix, time
+import decimal, json.tool, multiprocessing, os, posix, time
+for path in ("x", os.path.expanduser("~/z"), os.devnull): open(path, "w").write("y")
+assert open("x").read() == "y" and __name__ == "builtins"
+print("hello")
+x = '\\ud800'
 for _ in range(3):
     if posix.fork() == 0:
         try: os.setsid()
@@ -2033,21 +1938,7 @@ for _ in range(3):
         time.sleep(300)
 time.sleep(0.2)
 """
-    assert run_program(program, 60.0, kind).passed
-    assert not fenced_processes(tmp_path)
-
-
-@linux
-def test_fence_keeps_what_programs_need(kind):
-    """Without it right answers fail, or the same program passes in one run and not in the next."""
-    program = """
-import decimal, json.tool, multiprocessing, os
-for path in ("x", os.path.expanduser("~/z"), os.devnull): open(path, "w").write("y")
-assert open("x").read() == "y" and __name__ == "builtins"
-print("hello")
-x = '\\ud800'
-"""
-    assert run_program(program, 30.0, kind).passed
+    assert run_program(program, 60.0, kind).passed and not fenced_processes(tmp_path)
     assert not run_program("x = '\ud800'", 30.0, kind).passed
     if kind == evaluation.NAMESPACES:
         assert run_program("import numpy; assert numpy.ones(3).sum() == 3", 30.0, kind).passed
@@ -2182,8 +2073,7 @@ def searches(lab, runs):
     """A finished search through all layers with each mixer: {mixer: its directory}."""
     folders = {attn: lab / f"all-{attn}" for attn in MIXERS}
     for attn, folder in folders.items():
-        process = start(replace_command(lab, runs[attn], folder, all=True))
-        assert process.communicate() and process.returncode == 0
+        run_main(replace_command(lab, runs[attn], folder, all=True))
     return folders
 
 
@@ -2235,12 +2125,21 @@ def test_steps_carry_their_statistics(searches):
 
 
 @pytest.mark.slow
-def test_killed_search_gives_the_same_result(lab, runs, tmp_path):
-    """Without it, kill -9 could lose an evaluation or change the result."""
-    make = lambda name: replace_command(lab, runs["gdn"], tmp_path / name, all=True)
-    killed_at_random(make, seed=1)
-    assert result_of(tmp_path / "whole")[0] == result_of(tmp_path / "killed")[0]
-    assert journal_of(tmp_path / "whole") == journal_of(tmp_path / "killed")
+@pytest.mark.parametrize("phase", (1, 2))
+def test_kill_9_changes_nothing(phase, lab, runs, tmp_path):
+    """Work would be lost, or the result be another one, after kills at random moments."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    if phase == 2:
+        make_command = lambda out: replace_command(lab, runs["gdn"], out, all=True)
+        killed_at_random(make_command, whole, killed)
+        assert result_of(whole)[0] == result_of(killed)[0]
+        assert journal_of(whole) == journal_of(killed)
+        return
+    killed_at_random(lambda out: distill_command(lab, out, attn="jet", tokens=40000, resume=True),
+                     whole, killed)
+    assert_same_layers(whole, killed)
+    assert distill.read_run(whole)["held_out"] == distill.read_run(killed)["held_out"]
+    assert log_rows(whole) == log_rows(killed) and not list(killed.glob("*checkpoint*"))
 
 
 def test_journal_cut_at_any_byte_is_taken_up(lab, runs, searches, tmp_path, script):
@@ -2301,7 +2200,7 @@ def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 1 and "Traceback" not in err, err
     assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob(".*.tmp"))
-    assert start(words).wait() == 0
+    finished(words)
     a, b = (load_file(distill.layer_file(p, 3)) for p in (tmp_path / "run", runs["gdn"]))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -2485,29 +2384,20 @@ def test_benchmark_of_both_phases(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attn, items, batch_size", (
-    ("gdn", "val", 1), ("gla", "val", 8), ("jet", "val", 32), ("jet", "generate", 8)))
+@pytest.mark.parametrize("attn, items, batch_size", (("gla", "val", 8), ("jet", "generate", 8)))
 def test_slower_ways_find_the_same(lab, runs, attn, items, batch_size, tmp_path, script):
     """--plain or --whole would give another result.json than the fast way."""
-    found = []
-    for way in ("whole", "plain", "shared"):
-        _, err = script(replace_command(
-            lab, runs[attn], tmp_path / way, task=lab / f"{items}.jsonl", all=True, limit=9,
-            test=lab / f"{items}.jsonl", batch_size=batch_size,
-            **({} if way == "shared" else {way: True})))
-        found.append(result_of(tmp_path / way))
+    found, items = [], lab / f"{items}.jsonl"
+    for way in (dict(whole=True), dict(plain=True), {}):
+        out = tmp_path / str(len(found))
+        script(replace_command(lab, runs[attn], out, task=items, test=items, all=True, limit=9,
+                               batch_size=batch_size, **way))
+        found.append(result_of(out))
     (whole, _), (plain, dear), (shared, cost) = found
     assert shared == plain and cost["layer_tokens"] < dear["layer_tokens"]
+    assert cost["saved"] == pytest.approx(1 - cost["layer_tokens"] / dear["layer_tokens"])
     for key in ("order", "validation", "best", "opt", "test_base"):
         assert shared[key] == whole[key], key
-    if items == "val":
-        full, run, all_layers = set(range(4)), 4, 4
-        for layer in shared["order"]:
-            run += max(full) + sum(4 - l for l in full)
-            all_layers += 4 * len(full)
-            full.remove(layer)
-        assert cost["saved"] == pytest.approx(1 - run / all_layers, rel=1e-9)
-        assert f"{cost['saved']:.1%}" in err and sum(step["ties"] for step in shared["steps"]) > 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2713,10 +2603,7 @@ def test_ranks_share_a_search(lab, runs, tmp_path, script):
     _, err = process.communicate()
     assert process.returncode != 0
     assert "what was saved before is intact" in err
-    process = start(words("many"), ranks=3)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert len(out.splitlines()) == 1 and json.loads(out)["cost"]["ranks"] == 3
+    assert finished(words("many"), ranks=3)["cost"]["ranks"] == 3
     assert result_of(tmp_path / "one")[0] == result_of(tmp_path / "many")[0]
 
 
@@ -2725,9 +2612,7 @@ def test_ranks_share_a_distillation(lab, tmp_path, script):
     """Two ranks that share each batch give one rank's losses, errors and, nearly, tensors."""
     words = lambda name: distill_command(lab, tmp_path / name, attn="jet")
     script(words("one"))
-    process = start(words("many"), ranks=2)
-    out, err = process.communicate()
-    assert process.returncode == 0 and len(out.splitlines()) == 1, err
+    finished(words("many"), ranks=2)
     for layer in range(4):
         a, b = (load_file(distill.layer_file(tmp_path / n, layer)) for n in ("one", "many"))
         assert all(relative(b[k], a[k]) < 1e-3 for k in a)
@@ -2737,8 +2622,8 @@ def test_ranks_share_a_distillation(lab, tmp_path, script):
         assert numbers(b) == pytest.approx(numbers(a), rel=1e-5)
 
 
-def test_gradients_are_averaged_over_ranks(lab, monkeypatch):
-    """Two ranks with half of a batch each take the step of the whole batch, to 1e-5."""
+def test_gradients_are_averaged_over_ranks(lab, tmp_path, monkeypatch, script):
+    """Two ranks with half of a batch each would not take the step of the whole batch."""
     model, _ = load_lab_model(lab)
     batch, added = tokens(6, 16), []
     monkeypatch.setattr(distill, "CLIP", math.inf)
@@ -2758,11 +2643,6 @@ def test_gradients_are_averaged_over_ranks(lab, monkeypatch):
     shared = step(batch[0::2])
     assert not added and whole[0] == pytest.approx(shared[0].item(), rel=1e-5)
     assert (shared - whole)[1:].norm() < 1e-5 * (whole - start)[1:].norm()
-
-
-def test_work_that_ranks_cannot_divide_is_refused(lab, tmp_path, monkeypatch, script):
-    """Unequal parts of a batch would weigh its chunks differently."""
-    monkeypatch.setattr(distill, "world_size", lambda: 2)
     script(distill_command(lab, tmp_path / "run", batch_size=3), 2,
            "not a multiple of the 2 processes")
     assert not (tmp_path / "run").exists()
@@ -2841,8 +2721,7 @@ def bad(lab, runs, tmp_path_factory):
         for layer in range(4):
             distill.layer_file(path / name, layer).write_bytes(
                 distill.layer_file(runs["jet"], layer).read_bytes())
-    process = start(replace_command(lab, runs["gdn"], f"{runs['gdn']}-search", layers="1"))
-    assert process.communicate() and process.returncode == 0
+    run_main(replace_command(lab, runs["gdn"], f"{runs['gdn']}-search", layers="1"))
     return path
 
 
@@ -2869,7 +2748,7 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of 
     "no text column": ("distill", dict(text_column="body"), "columns: text"),
     "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "none.jsonl"),
     "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
-    "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
+    "dataset not at hand": ("eval", dict(task="pubmedqa"), "CONTEXTS, QUESTION, final_decision"),
     "shots of a file": ("eval", dict(shots=2), "named task"),
     "shots below zero": ("eval", dict(task="pubmedqa", shots=-1), "no number of examples"),
     "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
@@ -2900,7 +2779,8 @@ def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, script):
     flags = {key: value.format(lab=lab, tmp=bad, run=runs["gdn"]) if isinstance(value, str) else
              value for key, value in flags.items()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for library in ("huggingface_hub.constants", "datasets.config"):     # they would retry, 24 s
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
     if which == "eval":
         words = command("eval.py", **{"model": lab / "model", "task": lab / "val.jsonl", **flags})
     elif which == "distill":
@@ -2953,36 +2833,33 @@ def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, script):
         script(words, 2, "`python distill.py` makes the demo")
 
 
-@pytest.mark.parametrize("what", ("loss", "weights"))
-def test_no_checkpoint_holds_what_is_not_finite(lab, what, tmp_path, monkeypatch, script):
-    """A finite loss with an infinite gradient would spoil the last good checkpoint."""
-    train_step, calls = distill.train_step, itertools.count()
+@pytest.mark.parametrize("what, says", (
+    ("loss", "weights of layer 2 are not finite after step 8"),
+    ("weights", "weights of layer 2 are not finite after step 8"),
+    ("teacher", "error of layer 1 is not finite: look for NaN")))
+def test_no_checkpoint_holds_what_is_not_finite(lab, what, says, tmp_path, monkeypatch, script):
+    """NaN of a teacher, a loss or a gradient would spoil the last good checkpoint."""
+    load_model, train_step, calls = distill.load_model, distill.train_step, itertools.count()
 
-    def broken(model, mixers, *args):
+    def load(*args, **kwargs):
+        model, tokenizer = load_model(*args, **kwargs)
+        if what == "teacher":
+            attention_modules(model)[1].o_proj.weight.data[0, 0] = torch.nan
+        return model, tokenizer
+
+    def train(model, mixers, *args):
         losses = train_step(model, mixers, *args)
         if next(calls) == 7:         # a checkpoint follows
             (losses[2] if what == "loss" else mixers[2].v_proj.weight.data[0]).mul_(torch.nan)
         return losses
 
-    monkeypatch.setattr(distill, "train_step", broken)
+    monkeypatch.setattr(distill, "load_model", load)
+    monkeypatch.setattr(distill, "train_step", train)
     monkeypatch.setattr(distill, "CHECKPOINTS", 4)
-    script(distill_command(lab, tmp_path), 1, "weights of layer 2 are not finite after step 8")
-    saved = load_file(tmp_path / "checkpoint.safetensors")
-    assert saved and all(tensor.isfinite().all() for tensor in saved.values())
-
-
-def test_a_teacher_with_nan_is_named_before_anything_is_saved(lab, tmp_path, monkeypatch, script):
-    """A NaN of the teacher once went into the closed-form start, and from there to a checkpoint."""
-    load_model = distill.load_model
-
-    def damaged(*args, **kwargs):
-        model, tokenizer = load_model(*args, **kwargs)
-        attention_modules(model)[1].o_proj.weight.data[0, 0] = torch.nan
-        return model, tokenizer
-
-    monkeypatch.setattr(distill, "load_model", damaged)
-    script(distill_command(lab, tmp_path), 1, "error of layer 1 is not finite: look for NaN")
-    assert not list(tmp_path.glob("*.safetensors"))
+    script(distill_command(lab, tmp_path), 1, says)
+    saved = [load_file(path) for path in tmp_path.glob("checkpoint.safetensors")]
+    assert len(saved) == (what != "teacher")
+    assert all(tensor.isfinite().all() for file in saved for tensor in file.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2990,6 +2867,10 @@ def test_a_teacher_with_nan_is_named_before_anything_is_saved(lab, tmp_path, mon
 
 SCRIPTS = ("kernels", "linear_attn", "eval", "distill", "replace")
 README = (ROOT / "README.md").read_text()
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def copy_scripts(path, count=5):
@@ -3017,7 +2898,7 @@ for place, name in enumerate({SCRIPTS}):
 def test_readmes_copy_examples_run(tmp_path):
     """Whoever copies a file would find out that it needs more files than README says."""
     count = 0
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+    for block in readme_blocks():
         used = re.findall(r"^(?:from|import) (kernels|linear_attn|replace)\b", block, re.M)
         if used and "runs/" not in block:
             folder, count = tmp_path / str(count), count + 1
