@@ -6,18 +6,18 @@
     torchrun --nproc-per-node 8 distill.py --model M --out runs/gdn     # 8 processes share a batch
 
 At every layer l the linear module gets the hidden states that the teacher's attention module gets,
-and learns to give that module's output:  L_l = MSE(O_full, O_linear).  The teacher is frozen and
-no gradient crosses a layer. One teacher forward therefore serves all layers, and layers that are
-distilled apart (--layers 0-9, then --layers 10-27, with two --out) give exactly the same modules.
+and learns to give that module's output:  L_l = MSE(O_full, O_linear).  No gradient crosses a layer,
+so one teacher forward serves all layers, and layers that are distilled apart (--layers 0-9, then
+--layers 10-27, with two --out) give exactly the same modules.
 
---out is the run directory, which replace.py takes as --blocks. It gets layer_NNN.safetensors (the
-modules), distill.json (settings, errors, cost), log.jsonl (losses) and held_out.safetensors (text
-that is never trained on). After a kill, --resume continues from the last checkpoint and ends in
-the same tensors. The last line on stdout is the result as one JSON object.
+--out, which replace.py takes as --blocks, gets layer_NNN.safetensors (the modules), distill.json
+(settings, errors, cost), log.jsonl (losses) and held_out.safetensors (text that is never trained
+on). After a kill, --resume continues from the last checkpoint and ends in the same tensors.
 """
 
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -31,12 +31,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from eval import (
-    DEMO, DEMO_TASKS, ArgumentParser, UserError, add_model_flags, add_up, attention_modules,
-    command_line, digest, fingerprint, finish, gather, join_ranks, load_model, lock_dir, log,
+    DEMO, DEMO_TASKS, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, blame,
+    claim_dir, command_line, digest, fingerprint, finish, gather, join_ranks, load_model, log,
     make_output_dir, max_length, parse_layers, positive, progress, rank, read_docs, run_script,
     versions, world_size, write_atomic, write_json)
 from linear_attn import MIXERS
@@ -51,30 +52,27 @@ CHECKPOINTS, LOG_EVERY = 20, 10         # per run; steps
 
 
 # ------------------------------------------------------------------------------------------------
-# The method: the teacher's forward, one step of every layer, the loop
+# The method: the teacher's forward, one step of every layer
 
 class LastAttentionReached(Exception):
-    """Ends the teacher's forward: nothing after the last wanted attention is needed."""
+    """Ends the teacher's forward after the last wanted attention."""
 
 
 def teacher_forward(model, input_ids, layers, visit):
     """Run the teacher without gradients on input_ids [B, T] and call, at each layer l of `layers`,
     visit(l, hidden_states, attention_output) with the input and the output of its attention module,
-    both [B, T, C]. visit's temporary tensors are freed before the next layer runs."""
-    def hook_for(layer):
-        def hook(module, args, kwargs, output):
-            visit(layer, args[0] if args else kwargs["hidden_states"], output[0])
-            if layer == max(layers):
-                raise LastAttentionReached
-        return hook
+    both [B, T, C]."""
+    def hook(layer, module, args, kwargs, output):
+        visit(layer, args[0] if args else kwargs["hidden_states"], output[0])
+        if layer == max(layers):
+            raise LastAttentionReached
 
     attention = attention_modules(model)
-    handles = [attention[layer].register_forward_hook(hook_for(layer), with_kwargs=True)
-               for layer in layers]
+    handles = [attention[layer].register_forward_hook(functools.partial(hook, layer),
+                                                      with_kwargs=True) for layer in layers]
     try:
         with contextlib.suppress(LastAttentionReached), torch.no_grad():
-            ids = input_ids.to(model.device, non_blocking=True)
-            model.get_decoder()(ids, use_cache=False)
+            model.get_decoder()(input_ids.to(model.device, non_blocking=True), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -88,9 +86,8 @@ def student_precision(model):
 
 def train_step(model, mixers, optimizers, batch, lr):
     """One update of every layer on one batch [B, T] -> {layer: loss, a scalar on its device}. Each
-    student runs forward, backward and update inside the teacher's forward, so that the activations
-    of only one student are in memory. Under torchrun `batch` is this process's part, and losses
-    and gradients are averaged over the processes."""
+    student learns inside the teacher's forward, so that the activations of only one student are in
+    memory. Under torchrun `batch` is this process's part of the batch."""
     losses = {}
 
     def distill_layer(layer, hidden_states, target):
@@ -101,24 +98,16 @@ def train_step(model, mixers, optimizers, batch, lr):
             loss = F.mse_loss(output.float(), target.float())       # L_l = MSE(O_full, O_linear)
             loss.backward()
         losses[layer] = loss.detach()
-        if world_size() > 1:
-            for tensor in (losses[layer], *(parameter.grad for parameter in mixer.parameters())):
-                add_up(tensor).div_(world_size())
-        torch.nn.utils.clip_grad_norm_(mixer.parameters(), CLIP)
+        if world_size() > 1:        # means over the processes, of all tensors in one exchange
+            means = [*(parameter.grad for parameter in mixer.parameters()), losses[layer]]
+            vector_to_parameters(add_up(parameters_to_vector(means)).div_(world_size()), means)
+        clip_grad_norm_(mixer.parameters(), CLIP)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
     teacher_forward(model, batch, list(mixers), distill_layer)
     return losses
-
-
-def train(model, mixers, optimizers, batches, steps, peak_lr, first=0):
-    """The training loop, from step `first` on. After every step it yields the number of steps done,
-    the learning rate and {layer: loss}."""
-    for step, batch in zip(range(first, steps), batches):
-        lr = learning_rate(step, steps, peak_lr)
-        yield step + 1, lr, train_step(model, mixers, optimizers, batch, lr)
 
 
 def learning_rate(step, steps, peak):
@@ -149,10 +138,9 @@ def make_optimizers(mixers):
 @torch.no_grad()
 def solve_o_proj(model, mixers, batches):
     """Solve every module's o_proj in closed form, because its output is linear in o_proj: a ridge
-    regression of the remaining error, O_full - O_linear, on the module's head outputs. It reads
-    enough of `batches` not to fit their noise. Even and odd batches each propose a change, which is
-    scaled by the share of it that the other half confirms: a change that fits only noise shrinks
-    to nothing, so that solving again after training does no harm."""
+    regression of the remaining error, O_full - O_linear, on the module's head outputs. Even and odd
+    batches each propose a change, which is scaled by the share of it that the other half confirms:
+    a change that fits only noise shrinks to nothing, so a solve after training does no harm."""
     normal = {layer: [0, 0] for layer in mixers}    # [X^T X | X^T R] of even and of odd batches
     tokens_needed = SOLVE_TOKENS * max(mixer.o_proj.in_features for mixer in mixers.values())
 
@@ -190,10 +178,9 @@ def solve_o_proj(model, mixers, batches):
 
 @torch.no_grad()
 def held_out_error(model, mixers, chunks, batch_size):
-    """{layer: {"mse", "relative_mse", "cosine"}} on held-out chunks [N, T]. Relative: over the
-    variance of the target over all elements. Cosine: mean over tokens. The processes take turns
-    with the batches. Raises FloatingPointError for an MSE that is not finite."""
-    sums = {layer: torch.zeros(4, dtype=torch.float64, device=mixer.o_proj.weight.device)
+    """{layer: {"mse", "relative_mse" (over the target's variance), "cosine" (mean over tokens)}} on
+    held-out chunks [N, T]. Raises FloatingPointError for an MSE that is not finite."""
+    sums = {layer: mixer.o_proj.weight.new_zeros(4, dtype=torch.float64)
             for layer, mixer in mixers.items()}
 
     def visit(layer, hidden_states, target):
@@ -212,18 +199,17 @@ def held_out_error(model, mixers, chunks, batch_size):
     count = tokens * model.config.get_text_config(decoder=True).hidden_size
     mse, variance = squares / count, total_squares / count - (total / count) ** 2
     columns = torch.stack([mse, mse / variance, cosine / tokens], dim=1)            # [L, 3]
-    errors = {layer: dict(zip(("mse", "relative_mse", "cosine"), row))
-              for layer, row in zip(mixers, columns.tolist())}
-    for layer, error in errors.items():
-        if not math.isfinite(error["mse"]):
+    for layer, finite in zip(mixers, mse.isfinite()):
+        if not finite:
             raise FloatingPointError(f"the held-out error of layer {layer} is not finite: look for "
                                      "NaN in the model's weights, or try a smaller --lr")
-    return errors
+    return {layer: dict(zip(("mse", "relative_mse", "cosine"), row))
+            for layer, row in zip(mixers, columns.tolist())}
 
 
 def finite_losses(losses, mixers, step):
-    """{layer: loss} as numbers. Raises FloatingPointError where a loss or a weight is not finite: a
-    finite loss can have a gradient that is not, and such weights must not be saved."""
+    """{layer: loss} as numbers. Raises FloatingPointError where a loss or a weight is not finite,
+    since a finite loss can have a gradient that is not."""
     for layer, loss in losses.items():
         if not torch.stack([t.isfinite().all() for t in (loss, *mixers[layer].parameters())]).all():
             raise FloatingPointError(f"the loss or the weights of layer {layer} are not finite "
@@ -240,11 +226,10 @@ Corpus = collections.namedtuple("Corpus", "held_out chunks block skipped")
 
 
 def open_corpus(args, tokenizer):
-    """The corpus that --data names. Of a local file the last chunks are held out and the others
-    form one block; of streamed Hub datasets the first chunks are held out."""
+    """The corpus that --data names: of a local file the last chunks are held out, of streamed Hub
+    datasets the first."""
     path, column, skipped = Path(args.data), args.text_column, collections.Counter()
-    local = path.is_file() or path.suffix in (".jsonl", ".gz", ".parquet", ".txt")
-    if not local:
+    if not path.is_file() and path.suffix not in (".jsonl", ".gz", ".parquet", ".txt"):
         sources = open_streams(args.data, column.split(","))
         read = lambda: pack(documents(sources, tokenizer, skipped), args.seq_len)
         held_out = torch.stack(list(itertools.islice(read(), HELD_OUT)))
@@ -265,8 +250,7 @@ def open_corpus(args, tokenizer):
 
 
 def open_streams(data, columns):
-    """Hub datasets `id:config@weight,...`, streamed (split train): [(name, rows, text column,
-    weight)]."""
+    """Streams of Hub datasets `id:config@weight,...`: [(name, rows, text column, weight)]."""
     import datasets
     sources, parts = [], data.split(",")
     if len(columns) not in (1, len(parts)):
@@ -275,12 +259,9 @@ def open_streams(data, columns):
         match = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(\d*\.?\d+))?", part.strip())
         if not match or float(match[3] or 1) == 0:
             raise UserError(f"--data {part!r} is not id:config@weight with a positive weight.")
-        try:
+        with blame(f"the dataset {part} cannot be opened (a gated one needs a login on the Hub, a "
+                   "local .jsonl works offline)"):
             rows = datasets.load_dataset(match[1], match[2], split="train", streaming=True)
-        except Exception as error:      # from the Hub, the network or the dataset's own code
-            raise UserError(f"the dataset {part} cannot be opened ({str(error).strip()[:300]}). If "
-                            "it is gated, accept its terms on the Hub and log in; HuggingFaceFW/"
-                            "fineweb-edu:sample-10BT is open; a local .jsonl works offline.")
         sources.append((match[1], rows, column, float(match[3] or 1)))
     return sources
 
@@ -310,19 +291,14 @@ def documents(sources, tokenizer, skipped, once=False):
             skipped[name] += 1
             if column not in row or (skipped[name] == 100 and not taken[i]):
                 raise UserError(f"{name} has no text in column {column!r}; columns: "
-                                f"{', '.join(row)}. Name one with --text-column.")
+                                f"{', '.join(row)} (see --text-column).")
 
 
 def pack(token_lists, seq_len):
     """Cut the concatenated documents into chunks [seq_len]; an incomplete last one is dropped."""
-    buffer = []
-    for tokens in token_lists:
-        buffer.extend(tokens)
-        start = 0
-        while len(buffer) - start >= seq_len:
-            yield torch.tensor(buffer[start: start + seq_len])
-            start += seq_len
-        del buffer[:start]
+    tokens = itertools.chain.from_iterable(token_lists)
+    while len(chunk := list(itertools.islice(tokens, seq_len))) == seq_len:
+        yield torch.tensor(chunk)
 
 
 def shuffled(chunks, block, seed):
@@ -361,8 +337,8 @@ def save_tensors(path, tensors, metadata=None):
 
 def save_checkpoint(out, state, mixers, optimizers):
     """Write everything that a resume needs into one file: weights, Adam's moments, `state` and the
-    length of log.jsonl. All processes hold equal weights, so that of rank 0 is enough."""
-    if rank() > 0:
+    length of log.jsonl."""
+    if rank() > 0:      # all processes hold equal weights
         return
     tensors = {}
     for layer, mixer in mixers.items():
@@ -408,14 +384,10 @@ def read_run(out):
 
 
 def open_run(args, settings):
-    """Make or reopen the run directory -> (path, its record). Raises UserError where it holds
-    another run, or this one without --resume."""
-    out = make_output_dir(args.out)
-    lock_dir(out)
+    """Make or reopen the run directory -> (path, its record). Raises UserError for another run."""
+    out = claim_dir(args.out, foreign=("config.json", "result.json", "search.jsonl"))
     record, settings = read_run(out), json.loads(json.dumps(settings))
     if record is None:
-        if any((out / name).exists() for name in ("config.json", "result.json", "search.jsonl")):
-            raise UserError(f"{out} already holds something else; give another --out.")
         record = {"finished": False, "command": command_line(), **settings}
         write_json(out / "distill.json", record)
     elif not args.resume:
@@ -427,9 +399,8 @@ def open_run(args, settings):
 
 
 def load_blocks(runs, model, layers=None):
-    """The modules that one or more finished runs distilled, {layer: mixer}, in the model's dtype
-    and on its device. `runs`: directories, comma-separated, for layers distilled apart. Raises
-    UserError for a run that is unfinished or of another model or mixer, and for missing layers."""
+    """{layer: mixer} from finished runs (directories, comma-separated), in the model's dtype and on
+    its device. Raises UserError for a run that does not fit the model, and for missing layers."""
     records = {run: read_run(run) for run in runs.split(",")}
     for run, record in records.items():
         if record is None or not record["finished"]:
@@ -446,12 +417,9 @@ def load_blocks(runs, model, layers=None):
         if run is None:
             raise UserError(f"{runs} has no module for layer {layer}: see distill.py --layers.")
         mixer = MIXERS[attn].from_attention(attention[layer], model.config, layer, init, seed=None)
-        try:
+        with blame(f"{layer_file(run, layer)} does not hold a {attn} module of this size"):
             mixer.load_state_dict(load_file(layer_file(run, layer)))
-        except (RuntimeError, SafetensorError):
-            raise UserError(f"{layer_file(run, layer)} does not hold a {attn} module of this size.")
-        device = next(attention[layer].parameters()).device
-        mixers[layer] = mixer.to(device, model.dtype).eval().requires_grad_(False)
+        mixers[layer] = mixer.eval().requires_grad_(False)
     return mixers
 
 
@@ -463,8 +431,8 @@ DEMO_CHAIN = random.Random(0).sample(range(DEMO_VOCAB), DEMO_VOCAB)     # a cycl
 
 
 def demo_rows(task, n, rng):
-    """n sequences. copy: random tokens that repeat with a period drawn from DEMO_PERIODS. chain:
-    parts of one fixed cycle, where each token alone determines the next."""
+    """n rows of tokens. copy: random tokens that repeat with a period drawn from DEMO_PERIODS.
+    chain: parts of one fixed cycle, where each token alone determines the next."""
     rows = []
     for _ in range(n):
         if task == "copy":
@@ -494,8 +462,7 @@ def demo_items(task, n, rng, answer=4):
 
 
 def make_demo():
-    """Write out/demo: the teacher (trained only once, about 70 s), its corpus and the items of both
-    tasks -> the teacher's directory."""
+    """Write the teacher (trained once, about 70 s), its corpus and the tasks' items -> its path."""
     if not (DEMO / "teacher" / "config.json").exists():
         log("demo: training a tiny Llama to copy and to follow a chain (once)")
         building = make_output_dir(DEMO / "teacher.building")
@@ -515,8 +482,7 @@ def make_demo():
 
 
 def train_demo_teacher():
-    """A 4-layer Llama of width 64, next-token loss, AdamW; the learning rate falls to zero over
-    the last third."""
+    """A 4-layer Llama; the learning rate falls to zero over the last third."""
     config = transformers.LlamaConfig(
         vocab_size=DEMO_VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -530,7 +496,7 @@ def train_demo_teacher():
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, 3 * (1 - step / DEMO_STEPS))
         ids = torch.tensor(demo_rows("copy", 48, rng) + demo_rows("chain", 16, rng))    # [64, 48]
         model(ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -548,14 +514,12 @@ def demo_tokenizer():
 # All of phase 1
 
 def distill(model, mixers, corpus, args, out, record):
-    """Solve, train, solve and measure the modules, from the checkpoint in `out` if there is one.
-    Rank 0 saves them, and `record` with the errors and the cost."""
+    """Solve, train, solve, measure and save the modules, from the checkpoint in `out` if there is
+    one; `record` gets the errors and the cost."""
     steps = max(1, args.tokens // (args.batch_size * args.seq_len))
     every, optimizers = max(1, steps // CHECKPOINTS), make_optimizers(mixers)
     state = load_checkpoint(out, mixers, optimizers)
-    if state:
-        log(f"resumed at step {state['step']} of {steps}")
-    else:
+    if state is None:
         if args.init == "inherit":
             solve_o_proj(model, mixers, batches(corpus, args))
         start = held_out_error(model, mixers, corpus.held_out, args.batch_size)
@@ -564,9 +528,10 @@ def distill(model, mixers, corpus, args, out, record):
         save_checkpoint(out, state, mixers, optimizers)
     first, began = state["step"], time.perf_counter() - state["seconds"]
     stream = batches(corpus, args, first)
-    bar = progress(train(model, mixers, optimizers, stream, steps, args.lr, first),
-                   initial=first, total=steps, desc="distill", unit="step")
-    for step, lr, losses in bar:
+    bar = progress(range(first, steps), initial=first, total=steps, desc="distill", unit="step")
+    for step, batch in zip(bar, stream):
+        lr = learning_rate(step, steps, args.lr)
+        losses, step = train_step(model, mixers, optimizers, batch, lr), step + 1
         report, save = (step % n == 0 or step == steps for n in (LOG_EVERY, every))
         if report or save:      # only here does the host wait for the GPU
             losses = finite_losses(losses, mixers, step)
@@ -577,8 +542,7 @@ def distill(model, mixers, corpus, args, out, record):
             state |= {"step": step, "seconds": time.perf_counter() - began}
             save_checkpoint(out, state, mixers, optimizers)
     optimizers.clear()              # they are on disk, and the solve needs their memory
-    if args.init == "inherit":      # Adam's steps are coarse for o_proj. A second solve fits it to
-        # the trained features, so that even a short run ends better than it began.
+    if args.init == "inherit":      # Adam's steps are coarse for o_proj: fit it to the new features
         solve_o_proj(model, mixers, stream)
     end = held_out_error(model, mixers, corpus.held_out, args.batch_size)
     write_log(out, "held-out", steps, errors=end)
@@ -609,23 +573,22 @@ def peak_memory(device):
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--attn", choices=MIXERS, default="gdn", help="the linear module")
-    parser.add_argument("--init", choices=("inherit", "random"), default="inherit",
-                        help="start from the teacher's projections, or (ablation) from nothing")
-    parser.add_argument("--layers", help="distill only these, e.g. 3,7-12 (default: all)")
-    parser.add_argument("--data", help="a .jsonl, .jsonl.gz, .parquet or .txt file, or Hub "
-                        "datasets id:config@weight,... "
-                        f"(default with a Hub model: the paper's mix, {PAPER_MIX})")
-    parser.add_argument("--text-column", default="text", help="one for all datasets, or one each")
-    parser.add_argument("--tokens", type=positive(int), default=100_000_000, help="paper: 100 M")
-    parser.add_argument("--seq-len", type=positive(int), default=512, help="tokens per chunk")
-    parser.add_argument("--batch-size", type=positive(int), default=32,
-                        help="chunks per step, over all processes")
-    parser.add_argument("--lr", type=positive(float), help="peak learning rate (default: 1e-3, "
-                        "for models narrower than 1,536 times (1536 / width)^0.75)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="the run directory")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    add = parser.add_argument
+    add("--attn", choices=MIXERS, default="gdn", help="the linear module")
+    add("--init", choices=("inherit", "random"), default="inherit",
+        help="start from the teacher's projections, or (ablation) from nothing")
+    add("--layers", help="distill only these, e.g. 3,7-12 (default: all)")
+    add("--data", help="a .jsonl, .jsonl.gz, .parquet or .txt file, or Hub datasets "
+        f"id:config@weight,... (default with a Hub model: the paper's mix, {PAPER_MIX})")
+    add("--text-column", default="text", help="one for all datasets, or one each")
+    add("--tokens", type=positive(int), default=100_000_000, help="paper: 100 M")
+    add("--seq-len", type=positive(int), default=512, help="tokens per chunk")
+    add("--batch-size", type=positive(int), default=32, help="chunks per step, over all processes")
+    add("--lr", type=positive(float), help="peak learning rate (default: 1e-3, for models narrower "
+        "than 1,536 times (1536 / width)^0.75)")
+    add("--seed", type=int, default=0)
+    add("--out", help="the run directory")
+    add("--resume", action="store_true", help="continue the run in --out")
     return parser.parse_args()
 
 
@@ -648,8 +611,8 @@ def main():
     args.data = args.data or PAPER_MIX
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code,
                                   base_only=True)
-    num_layers = len(attention_modules(model))
-    layers = parse_layers(args.layers or f"0-{num_layers - 1}", num_layers)
+    count = len(attention_modules(model))
+    layers = parse_layers(args.layers, count) if args.layers else list(range(count))
     if args.seq_len > (max_length(model) or math.inf):
         raise UserError(f"--seq-len is beyond the model's context of {max_length(model)} tokens.")
     width = model.config.get_text_config(decoder=True).hidden_size
@@ -671,14 +634,14 @@ def main():
     if rank() == 0:
         for path in out.glob("*checkpoint*"):   # a kill may have left half of one
             path.unlink()
-    start, end = record["held_out"]["start"], record["held_out"]["end"]
+    start, end, cost = record["held_out"]["start"], record["held_out"]["end"], record["cost"]
     log("layer |     MSE at start -> end      | relative MSE start -> end | cosine start -> end")
-    for (layer, a), b in zip(start.items(), end.values()):
+    for layer, a in start.items():
+        b = end[layer]
         log(f"{layer:>5} | {a['mse']:.4e} -> {b['mse']:.4e}    | {a['relative_mse']:9.4f} -> "
             f"{b['relative_mse']:.4f}       | {a['cosine']:.4f} -> {b['cosine']:.4f}")
     means = (sum(e["relative_mse"] for e in errors.values()) / len(end) for errors in (start, end))
     log("mean relative MSE on held-out chunks, start -> end: {:.4f} -> {:.4f}".format(*means))
-    cost = record["cost"]
     log(f"{cost['tokens']:,} tokens in {cost['seconds']:.1f} s: {cost['tokens_per_second']:,.0f} "
         f"tokens per second; peak memory {cost['peak_memory'] / 2**20:,.0f} MiB")
     following = "python replace.py" if demo else (

@@ -7,8 +7,7 @@ Three mixers, the ones the paper converts to (Distill-then-Replace, arXiv 2601.1
     jet  JetBlock               GatedDeltaNet whose convolution on v has a kernel made per token
 
 each followed by o_t = K^-1/2 S_t^T q_t, a gated RMSNorm per head and the output projection. None
-uses positions. A mixer is made from sizes, or from the attention module that it replaces; it then
-inherits the q, k, v and o projections, so that distillation starts near the teacher:
+uses positions. A mixer is made from sizes, or from the attention module that it replaces:
 
     mixer = GatedDeltaNet(hidden_size=256, num_heads=4, head_dim=64)
     output, _ = mixer(torch.randn(2, 100, 256))                             # [B, T, C] both
@@ -18,9 +17,8 @@ inherits the q, k, v and o projections, so that distillation starts near the tea
     AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
 
 Letters: B batch, T time (tokens), H heads, D head_dim, W convolution width, C hidden_size.
-To copy: this file and kernels.py, side by side; or, of this file, only a mixer's class,
-LinearAttention and the lines above it in "The mixers". A mixer that is made from sizes and called
-with hidden_states alone uses nothing of transformers.
+To copy: this file and kernels.py, side by side; or, of this file, a mixer's class, LinearAttention
+and the lines above it in "The mixers", which from sizes use nothing of transformers.
 """
 
 import contextlib
@@ -84,14 +82,13 @@ def identity_kernel(channels):
 class LinearAttention(nn.Module):
     """The base of the mixers: projections, output norm and gate.
 
-    forward(hidden_states [B, T, C]) -> ([B, T, C], None), as attention modules of transformers
-    return it. Of their other arguments it reads attention_mask, position_ids and the cache;
-    ValueError for a mask or a cache that a linear layer cannot use.
+    forward(hidden_states [B, T, C]) -> ([B, T, C], None), like attention modules of transformers.
+    Of their other arguments it reads attention_mask, position_ids and the cache (see read_call).
 
     A subclass defines its parameters, its neutral start and mix(hidden_states, rows, state) ->
     (o [B, T, H, D], new state), its recurrence. `state`: the recurrent state [B, H, D, D] (fp32)
-    and the convolution's tail [B, W-1, channels], each None where a text begins. `rows`: where
-    padding stands (see Rows); None if there is none and each row is one text.
+    and the convolution's tail [B, W-1, channels], each None where a text begins. `rows`: a Rows,
+    or None if there is no padding and each row is one text.
     """
 
     def __init__(self, hidden_size, num_heads, head_dim, biases=(False,) * 4, layer_idx=0, seed=0):
@@ -115,12 +112,30 @@ class LinearAttention(nn.Module):
                 self.start_random(torch.Generator().manual_seed(1_000_003 * seed + layer_idx))
 
     @classmethod
+    @torch.no_grad()
     def from_attention(cls, attn, config, layer_idx, init="inherit", seed=0):
         """A mixer for the place of `attn` (a softmax-attention module of a model with `config`),
         on its device and in its dtype. "inherit" takes the teacher's q, k, v and o (heads of k
         and v repeated, biases and norms of q and k included) and starts new parameters neutral;
         "random" takes only the teacher's sizes. `seed` as in __init__. Raises UserError."""
-        return mixer_from_attention(cls, attn, config, layer_idx, init, seed)
+        if init not in ("inherit", "random"):
+            raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
+        config, like = config.get_text_config(decoder=True), next(attn.parameters())
+        heads, dim, biases = config.num_attention_heads, head_dim_of(attn, config), [False] * 4
+        if init == "inherit":
+            teacher = teacher_projections(attn, config)
+            heads = len(teacher[0]["weight"]) // dim
+            biases = ["bias" in projection for projection in teacher]
+        with torch.device(like.device):
+            mixer = cls(config.hidden_size, heads, dim, biases, layer_idx, seed)
+            mixer.config, mixer.init = config, init
+            if init == "inherit":
+                for name, projection in zip("qkvo", teacher):
+                    getattr(mixer, f"{name}_proj").load_state_dict(projection)
+                mixer.q_norm, mixer.k_norm = (_teacher_norm(attn, x, heads, dim) for x in "qk")
+                mixer.clip_qkv = getattr(config, "clip_qkv", None)      # OLMo
+                mixer.start_neutral()
+        return mixer.to(like.dtype)
 
     def start_random(self, draw):
         """Every matrix from N(0, 1 / fan_in), drawn on the CPU by the torch.Generator `draw`."""
@@ -152,9 +167,8 @@ class LinearAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim))     # [B, T, H * D] -> [B, T, H, D]
 
     def head_outputs(self, hidden_states, rows=None, past=None):
-        """The input of o_proj, [B, T, H * D]. The mixer's output is linear in o_proj, so these are
-        the features of the closed-form start (distill.py). `past`, if given, is an object whose
-        `state` and `seen` (tokens so far) are read and renewed."""
+        """The input of o_proj, [B, T, H * D]. `past`, if given, is an object whose `state` and
+        `seen` (tokens so far) are read and renewed."""
         x = hidden_states
         if rows is not None:
             x = x.take_along_dim(rows.order, 1)                                     # [B, R, C]
@@ -230,8 +244,8 @@ class GatedDeltaNet(LinearAttention):
         """The convolution returns the current token, or is drawn from U(-1, 1) / sqrt(W)."""
         kernel = identity_kernel(self.conv_kernel.shape[1])
         if draw is not None:
-            kernel = 2 * torch.rand(kernel.shape, generator=draw, device="cpu") - 1
-            kernel = kernel * CONV_SIZE ** -0.5
+            drawn = torch.rand(kernel.shape, generator=draw, device="cpu")
+            kernel = (2 * drawn - 1) * CONV_SIZE ** -0.5
         self.conv_kernel.copy_(kernel)
 
     def convolve(self, hidden_states, conv, tail):
@@ -255,9 +269,8 @@ class GatedDeltaNet(LinearAttention):
 
 
 class JetBlock(GatedDeltaNet):
-    """JetBlock (Jet-Nemotron, Gu et al. 2025): Gated DeltaNet without convolutions on q and k. A
-    small generator makes the kernel of the convolution on v for every token from the layer's
-    input; at the start that kernel returns the current token."""
+    """JetBlock (Jet-Nemotron, Gu et al. 2025): Gated DeltaNet without convolutions on q and k. From
+    the layer's input a small generator makes each token's kernel for the convolution on v."""
 
     def add_conv(self, hidden_size, width):
         self.kernel_down = nn.Linear(hidden_size, max(width // 8, 1), bias=False)
@@ -280,7 +293,7 @@ MIXERS = {"gla": GatedLinearAttention, "gdn": GatedDeltaNet, "jet": JetBlock}
 
 
 # ------------------------------------------------------------------------------------------------
-# The softmax attention of a transformers model: where it sits, and a mixer made from it
+# The softmax attention of a transformers model: where it sits, and what a mixer inherits from it
 
 ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 
@@ -302,8 +315,7 @@ def decoder_layers(model):
 
 
 def attention_slots(model):
-    """Where the attention of every decoder layer sits: [(layer, name of its child)], in order.
-    Raises UserError if the model's layers are not of the usual form."""
+    """Where each decoder layer's attention sits: [(layer, name of its child)]. Raises UserError."""
     name, slots = type(model).__name__, []
     if model.config.model_type in ("bloom", "mpt"):
         raise UserError(f"{name} cannot be converted: its attention adds the residual itself or "
@@ -358,8 +370,8 @@ def head_dim_of(attn, config):
 
 
 def repeat_heads(rows, num_heads, head_dim):
-    """Rows of kv_heads heads, [kv_heads * D, ...] -> [H * D, ...], each head repeated in place as
-    transformers' repeat_kv does: query head h reads key/value head h // (H / kv_heads)."""
+    """[kv_heads * D, ...] -> [H * D, ...]: query head h reads key/value head h // (H / kv_heads),
+    as in transformers' repeat_kv."""
     heads = rows.unflatten(0, (-1, head_dim))                               # [kv_heads, D, ...]
     return heads.repeat_interleave(num_heads // len(heads), dim=0).flatten(0, 1)
 
@@ -375,8 +387,7 @@ def _unfused(rows, by_head, num_heads, head_dim):
 
 def teacher_projections(attn, config):
     """The q, k, v and o projections of a softmax-attention module, each {"weight": [out, in]} and,
-    if it has one, {"bias": [out]}; before norms and RoPE, heads in order, those of k and v
-    repeated. Raises UserError for an unknown layout."""
+    if it has one, {"bias": [out]}; k and v with repeated heads. Raises UserError."""
     attn = getattr(attn, "attention", attn)     # GPT-Neo wraps its attention once more
     linear = {name: {key: p.t() if isinstance(m, Conv1D) else p for key, p in m.named_parameters()}
               for name, m in attn.named_children() if isinstance(m, (nn.Linear, Conv1D))}
@@ -414,29 +425,6 @@ def _teacher_norm(attn, name, num_heads, head_dim):
     return norm
 
 
-@torch.no_grad()
-def mixer_from_attention(mixer_class, attn, config, layer_idx, init, seed):
-    """See LinearAttention.from_attention."""
-    if init not in ("inherit", "random"):
-        raise UserError(f"init must be 'inherit' or 'random', not {init!r}.")
-    config, like = config.get_text_config(decoder=True), next(attn.parameters())
-    num_heads, head_dim, biases = config.num_attention_heads, head_dim_of(attn, config), [False] * 4
-    if init == "inherit":
-        teacher = teacher_projections(attn, config)
-        num_heads = len(teacher[0]["weight"]) // head_dim
-        biases = ["bias" in projection for projection in teacher]
-    with torch.device(like.device):
-        mixer = mixer_class(config.hidden_size, num_heads, head_dim, biases, layer_idx, seed)
-        mixer.config, mixer.init = config, init
-        if init == "inherit":
-            for name, projection in zip("qkvo", teacher):
-                getattr(mixer, f"{name}_proj").load_state_dict(projection)
-            mixer.q_norm, mixer.k_norm = (_teacher_norm(attn, x, num_heads, head_dim) for x in "qk")
-            mixer.clip_qkv = getattr(config, "clip_qkv", None)      # OLMo
-            mixer.start_neutral()
-    return mixer.to(like.dtype)
-
-
 # ------------------------------------------------------------------------------------------------
 # Padding, packing and the cache
 
@@ -445,7 +433,7 @@ GAP = 21                # padded tokens between documents: exp(-5 * 21) is 0 in 
 
 def read_mask(attention_mask, T, packs):
     """(real, first), bool [B, T] each: the tokens of a call that are not padding, and the real ones
-    that begin another document of their row; `first` is None if the mask does not tell.
+    that begin another document of their row; `first` is None where the mask cannot show it.
 
     attention_mask is [B, K], or [B, 1, T, K] (bool, or float with the lowest number where masked);
     its last T keys are the tokens of the call. In the second form a real token may attend to
@@ -475,13 +463,11 @@ class Rows:
     """
 
     def __init__(self, real, first):
-        """Of masks as read_mask returns them. If `first` is given, the number of documents decides
-        R, so a host waits here for its GPU."""
         B, T = real.shape
         place = torch.where(real, real.cumsum(1), real.sum(1, keepdim=True) + (~real).cumsum(1)) - 1
         shift = GAP * (torch.zeros_like(place) if first is None else first.cumsum(1))
         place = place + torch.where(real, shift, shift[:, -1:])                     # [B, T]
-        R = T if first is None else T + int(shift.max())
+        R = T if first is None else T + int(shift.max())            # int() waits for the GPU
         blank, number = place.new_zeros(B, R), torch.arange(R, device=place.device)
         beyond = number > place.amax(1, keepdim=True)
         kept = beyond.scatter(1, place, True)                       # [B, R], the rest are gaps
@@ -508,15 +494,11 @@ NO_CONTINUOUS_BATCHING = ("a hybrid's states do not fit into the pages of contin
 
 
 class LinearCacheLayer(DynamicLayer):
-    """One linear layer's memory inside a transformers Cache: `state`, the recurrent state
-    [B, H, D, D] (fp32) and the convolution's tail [B, W-1, channels], and the tokens `seen`, from
-    which transformers takes the sizes of masks. Tensors are replaced, never written in place."""
+    """One linear layer's memory inside a transformers Cache: `state`, as in LinearAttention, and
+    the number of tokens `seen`. Tensors are replaced, never written in place."""
 
     is_croppable = supports_early_init = False
-
-    def __init__(self):
-        super().__init__()
-        self.reset()
+    state, seen = (None, None), 0
 
     def reset(self):
         self.state, self.seen = (None, None), 0
@@ -542,8 +524,8 @@ class LinearCacheLayer(DynamicLayer):
     activate_past_recording = crop
 
     def update(self, *args, **kwargs):
-        raise RuntimeError("this cache already holds a linear layer's state here, but a softmax "
-                           "layer wants to use it: make a new cache after swapping layers.")
+        raise RuntimeError("a softmax layer got a cache that already holds a linear layer's state: "
+                           "make a new cache after swapping layers.")
 
 
 def cache_layer(cache, layer_idx):
@@ -565,8 +547,8 @@ def cache_layer(cache, layer_idx):
 
 def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kwargs):
     """The arguments of an attention module as a mixer needs them: (Rows or None, LinearCacheLayer
-    or None). Packed documents show in the mask. Flash attention gets no mask and knows them, in a
-    batch of one, by their positions. Both are looked at only in the first call of a text."""
+    or None). Packed documents show in the mask; flash attention gets none, and reads them, in a
+    batch of one, from the positions. ValueError for a mask or a cache that cannot be used."""
     caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
     unknown = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if unknown:
@@ -590,9 +572,8 @@ def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kw
 # ------------------------------------------------------------------------------------------------
 # A hybrid as an ordinary checkpoint
 #
-# For every architecture a subclass is made on demand: HybridLlamaForCausalLM and
-# HybridLlamaConfig from transformers' classes. Their model_type is a new one, so that loading
-# without trust_remote_code is an error rather than a plain Llama with random attention.
+# Subclasses are made on demand, HybridLlamaForCausalLM and HybridLlamaConfig for Llama. Their new
+# model_type makes loading without trust_remote_code an error, not a Llama with random attention.
 
 MODEL_TYPE_PREFIX = "dtr_"
 
@@ -613,8 +594,7 @@ class HybridMixin:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """As in transformers, but a checkpoint that does not fit is refused: transformers would
-        draw missing tensors at random and go on."""
+        """As in transformers, which would draw missing tensors at random: here that is an error."""
         shards = kwargs.get("distributed_config")
         if any(kwargs.get(name) or getattr(shards, name, None) for name in ("tp_plan", "tp_size")):
             raise UserError("a hybrid does not run tensor-parallel: load it on one device, or with "
@@ -628,12 +608,11 @@ class HybridMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, under the parameters' names in the model: loading turns the names of
-        a base's checkpoint back by its model type, and a hybrid's type is another."""
+        """Under the model's own parameter names: transformers renames by model type, and a hybrid's
+        type is another."""
         super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused here, since generate_batch would only log an error of the mixers."""
+    def init_continuous_batching(self, *args, **kwargs):    # else generate_batch only logs an error
         raise UserError(NO_CONTINUOUS_BATCHING)
 
 
@@ -652,7 +631,7 @@ def hybrid_class(base):
 
 
 def __getattr__(name):
-    """The hybrid classes as attributes of this module (PEP 562): a checkpoint names them."""
+    """The hybrid classes, under the names that checkpoints give them."""
     base = getattr(transformers, name.removeprefix("Hybrid"), None)
     if base is None or not name.startswith("Hybrid"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -672,8 +651,8 @@ def check_savable(model):
 
 
 def save_hybrid(model, directory, tokenizer=None):
-    """Save `model` with the mixers that are swapped in, as an ordinary checkpoint (safetensors,
-    config, this file and kernels.py). Without any mixer, the base model is saved."""
+    """Save `model`, with the mixers that are swapped in, as an ordinary checkpoint (safetensors,
+    config, this file and kernels.py)."""
     layers, fields, classes = linear_layers(model), {}, (type(model), type(model.config))
     if layers:
         check_savable(model)

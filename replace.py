@@ -454,13 +454,17 @@ def read_results(folder):
     try:
         path = PAPER
         paper = json.loads(path.read_text())["tables"]
-        for path in sorted(path for path in folder.rglob("*.json") if path.stem in found):
+        for path in sorted(folder.rglob("*.json")):
+            kind = path.stem.partition("-")[0]          # result-greedy.json is a result
+            if kind not in found or (path.name == "result.json"
+                                     and any(path.parent.glob("result-*.json"))):
+                continue
             run = json.loads(path.read_text()) | {"path": path}
             run["key"] = (Path(run.get("base_model") or run.get("model", "")).name,
                           run.get("attn") or run.get("mixer") or "",
                           task_name(run.get("task", "")))
-            found[path.stem].append(run)
-            if path.stem == "result":
+            found[kind].append(run)
+            if kind == "result":
                 blocks, path = run["blocks"], path.with_name("search.jsonl")
                 lines = path.read_text().split("\n")[:-1]           # a kill cuts the last one off
                 settings, *rows = map(json.loads, lines)
@@ -867,6 +871,9 @@ def run_search(args):
         for name in ("best", "opt"):
             save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
         write_json(out / "result.json", result)
+        if not given:           # --report finds here what each order gave with the same --out
+            seed = f"-{args.seed}" if args.strategy == "random" else ""
+            write_json(out / f"result-{args.strategy}{seed}.json", result)
     log(f"{args.task}: {metric}, P_min {found.p_min:.5g}, n {result['n']}")
     for name, layers in (("base", ()), ("M_best", best), ("M_opt", opt)):
         log(f"  {name}: {spelled(scores.final(layers))}; linear layers {sorted(layers)}")
