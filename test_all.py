@@ -1,6 +1,7 @@
 """Everything that this project claims and a CPU can check: pytest test_all.py
 
 Tests on the real 260 K-parameter model and its data need ../shared and skip where it is absent.
+`-m "not slow"` leaves out those that take more than a few seconds.
 """
 
 import argparse
@@ -2901,7 +2902,7 @@ def test_readmes_copy_examples_run(tmp_path):
 
 def test_readmes_commands_parse_and_help_teaches(monkeypatch, capsys):
     """A `python X.py ...` line of README could name a script or a flag that does not exist."""
-    lines = re.findall(r"python (\w+)\.py([^\n#|&`]*)", README.replace("\\\n", " "))
+    lines = re.findall(r"python (\w+)\.py([^\n#|&;`]*)", README.replace("\\\n", " "))
     assert len(lines) >= 5
     for script, flags in lines:
         if script != "kernels":
