@@ -1,6 +1,7 @@
 """Everything that this project claims and a CPU can check: pytest test_all.py
 
 Tests on the real 260 K-parameter model and its data need ../shared and skip where it is absent.
+`-m "not slow"` leaves out those that take more than a few seconds.
 """
 
 import argparse
@@ -52,40 +53,45 @@ needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="../shared is not
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, pad_token_id=None, bos_token_id=None,
-             eos_token_id=None)
-FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
-    "mistral": lambda: transformers.MistralConfig(**SMALL),
-    "gemma": lambda: transformers.GemmaConfig(**{**SMALL, "num_key_value_heads": 1}, head_dim=16),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=None,
-        eos_token_id=None),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
-    "opt": lambda: transformers.OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
-        word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=1),
-    "olmo": lambda: transformers.OlmoConfig(**SMALL, clip_qkv=0.5),
-    "phi": lambda: transformers.PhiConfig(**{**SMALL, "num_key_value_heads": 4},
-                                          qk_layernorm=True),
-    "phi3": lambda: transformers.Phi3Config(**SMALL),
-    "cohere": lambda: transformers.CohereConfig(**SMALL, use_qk_norm=True),
-    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(
-        vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=None,
-        eos_token_id=None),
-    "persimmon": lambda: transformers.PersimmonConfig(**SMALL),
-}
-FALCON = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-              bos_token_id=None, eos_token_id=None)
+             eos_token_id=None, max_position_embeddings=64)
+EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
+               moe_intermediate_size=16, shared_expert_intermediate_size=16, n_group=1,
+               topk_group=1)
+OPT = dict(num_key_value_heads=4, ffn_dim=64, word_embed_proj_dim=32)
+FALCON = dict(num_key_value_heads=4)
+FAMILIES = {        # what differs from SMALL
+    "Llama": {}, "Qwen2": {}, "Qwen3": dict(head_dim=16), "Mistral": {},
+    "Gemma": dict(num_key_value_heads=1, head_dim=16), "GPT2": dict(num_key_value_heads=4),
+    "GPTNeoX": dict(num_key_value_heads=4), "OPT": OPT | dict(pad_token_id=1),
+    "Olmo": dict(clip_qkv=0.5), "Phi": dict(num_key_value_heads=4, qk_layernorm=True), "Phi3": {},
+    "Cohere": dict(use_qk_norm=True), "GPTBigCode": dict(num_key_value_heads=4), "Persimmon": {}}
 FALCONS = {         # its three layouts
-    "multi_query": lambda: transformers.FalconConfig(**FALCON),
-    "grouped": lambda: transformers.FalconConfig(**FALCON, new_decoder_architecture=True,
-                                                 num_kv_heads=2),
-    "per_head": lambda: transformers.FalconConfig(**FALCON, multi_query=False, bias=True),
-}
-DECODED = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma")
+    "Falcon": FALCON, "Falcon, grouped": FALCON | dict(
+        new_decoder_architecture=True, num_kv_heads=2),
+    "Falcon, per head": FALCON | dict(multi_query=False, bias=True)}
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Phimoe")
+SAVED = FAMILIES | FALCONS | dict.fromkeys(MIXTURES, EXPERTS) | {
+    "DeepseekV3": EXPERTS | dict(num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8,
+                                 qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+    "Olmo2": {},
+    "Gemma3": dict(                                     # text inside a model that also sees
+        text_config={**SMALL, "head_dim": 16}, mm_tokens_per_image=1, image_token_index=60,
+        boi_token_index=61, eoi_token_index=62, vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            image_size=16, patch_size=8))}
+DECODED = ("Llama", "Qwen2", "Qwen3", "GPT2", "GPTNeoX", "Gemma")
+
+
+def small(family, **changes):
+    """The config of a small model of a family."""
+    own = SAVED.get(family, {})
+    return getattr(transformers, family.split(",")[0] + "Config")(**{**SMALL, **own, **changes})
+
+
+def fast(families, *few):
+    """Parameters of which all but `few` are slow."""
+    return [pytest.param(family, marks=[] if family in few else pytest.mark.slow)
+            for family in families]
 
 
 def random_model(config, scale=1.0):
@@ -161,26 +167,6 @@ def test_the_delta_rule_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("op", kernels.OPS)
-def test_a_split_sequence_gives_the_same(op):
-    """A state that does not carry everything over breaks prefill in parts, and decoding."""
-    function = getattr(kernels, op)
-    inputs = kernels.random_inputs(op, (2, 66, 2, 16, 24), "mild", torch.float64)
-
-    def in_parts(*inputs, lengths):
-        *inputs, state = inputs
-        outputs = []
-        for part in zip(*(x.split(lengths, 1) for x in inputs)):
-            o, state = function(*part, state)
-            outputs.append(o)
-        return torch.cat(outputs, 1), state
-
-    for at in (1, 3, 16, 40, 65):
-        assert worst(functools.partial(in_parts, lengths=[at, 66 - at]), function, inputs) <= 1e-10
-    with torch.no_grad():                                                   # decoding
-        assert worst(functools.partial(in_parts, lengths=1), function, inputs) <= 1e-10
-
-
-@pytest.mark.parametrize("op", kernels.OPS)
 def test_dtypes_and_refusals(op):
     """Outputs in another dtype, changed inputs or broadcast shapes could go unnoticed."""
     function = getattr(kernels, op)
@@ -238,16 +224,10 @@ def test_causal_conv(W, kind, activation):
 # kernels.py is imported, so the bodies of these tests run in processes of their own. The
 # interpreter gets bf16 wrong without a word: no bf16 here.
 
-def python(code, **env):
-    """Runs code in another process, from the project's folder."""
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **env})
-
-
-def in_interpreter(call):
-    code = f"import test_all as t; t.torch.set_num_threads(1); t.{call}"
-    run = python(code, TRITON_INTERPRET="1")
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+def python(*words, cwd=ROOT, **env):
+    """Runs Python in another process: python("-c", code) or python("script.py", ...)."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL, env={**os.environ, **env})
 
 
 @pytest.mark.slow
@@ -270,14 +250,13 @@ def test_kernels_equal_the_loop(op, dtype):
         cases += [((1, 70, 1, 96, 80), "mixed"), ((1, 70, 1, 24, 136), "strong"),
                   ((1, 20, 1, 200, 16), "strong")]                          # padded to 128, 256
         cases += [((1, T, 1, 16, 24), "near keys") for T in (17, 130)]
-    run = python("import kernels, torch; torch.set_num_threads(1); assert kernels.check("
+    run = python("-c", "import kernels, torch; torch.set_num_threads(1); assert kernels.check("
                  f"{[(op, dtype, *case) for case in cases]})[1] == 0", TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-3000:]
 
 
 def check_gates(op):
-    """NaN in g reaches the outputs; GLA takes g below -5 for -5; the gradients of A_log and dt_bias
-    survive strong decay; gradients are right where one output is used."""
+    """NaN in g shows; GLA clamps g at -5; A_log's gradient survives; one output is enough."""
     ours = functools.partial(getattr(kernels, op), backend="triton")
     loop = getattr(kernels, op + "_recurrent")
     inputs = kernels.random_inputs(op, (1, 70, 2, 16, 24), "strongest", torch.float32)
@@ -305,13 +284,8 @@ def check_gates(op):
             assert errors[name][0] <= (2e-4 if dtype == torch.float32 else 2e-2), (dtype, A, name)
 
 
-@pytest.mark.parametrize("op", kernels.OPS)
-def test_gates_in_kernels(op):
-    """A NaN gate once became the strongest decay, and rounding once hid A_log's gradient."""
-    in_interpreter(f"check_gates({op!r})")
-
-
 def check_states(op):
+    """A state is overwritten only where that is asked for."""
     for backend, inplace, dtype in itertools.product(
             ("torch", "triton"), (False, True), (torch.float32, torch.float16)):
         inputs = kernels.random_inputs(op, (2, 3, 2, 8, 24), "mild", dtype)
@@ -329,16 +303,9 @@ def check_states(op):
             getattr(kernels, op)(*wrong, backend="triton")
 
 
-@pytest.mark.parametrize("op", kernels.OPS)
-def test_states_are_overwritten_only_where_asked(op):
-    """A forked state that a step overwrites would mix up the choices of an item."""
-    in_interpreter(f"check_states({op!r})")
-
-
 def check_modules(attn):
-    """The same hybrid on the torch forms and on the kernels: outputs, decoding, and training. One
-    layer, because the interpreter takes seconds for each."""
-    model = random_model(transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 1}))
+    """One layer on torch forms and on kernels: outputs, decoding, gradients."""
+    model = random_model(small("Llama", num_hidden_layers=1))
     mixers, ids, launched = shaken_mixers(model, attn), tokens(1, 18), []
     launch, use_triton = kernels._launch, kernels._use_triton
     kernels._launch = lambda kernel, *args, **kw: (launched.append(kernel.__name__),
@@ -346,36 +313,30 @@ def check_modules(attn):
 
     def run(backend):
         kernels._use_triton = lambda _, *args, **kw: use_triton(backend, *args, **kw)
-        student, losses = copy.deepcopy(model), []
-        for i, mixer in mixers.items():
-            swap(student, i, copy.deepcopy(mixer))
+        student, swapped = copy.deepcopy(model), copy.deepcopy(mixers)
+        swap(student, 0, swapped[0])
         with torch.no_grad():
             prefill = student(ids[:, :12], use_cache=True)
             step = student(ids[:, 12:13], past_key_values=prefill.past_key_values)
-        student.requires_grad_(True)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-        for _ in range(20):
-            loss = student(ids, labels=ids, use_cache=False).loss
-            losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return prefill.logits, step.logits, losses
+        mixer = swapped[0].requires_grad_(True)
+        loss = student(ids, labels=ids, use_cache=False).loss
+        return prefill.logits, step.logits, *torch.autograd.grad(loss, tuple(mixer.parameters()))
 
-    *outputs, losses = run("torch")
+    wanted = run("torch")
     assert not launched
-    *ours, our_losses = run("triton")
+    found = run("triton")
     assert {"_step", "_gla_gradients" if attn == "gla" else "_delta_gradients"} <= set(launched)
-    assert all(relative(x, y) <= 1e-5 for x, y in zip(ours, outputs))
-    assert losses[-1] < 0.9 * losses[0]
-    assert max(abs(x - y) for x, y in zip(our_losses, losses)) <= 1e-4
+    assert all(relative(x, y) <= 1e-4 for x, y in zip(found, wanted, strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attn", MIXERS)
-def test_modules_mean_the_same_on_kernels(attn):
-    """A mixer that hands its kernel other inputs than the torch form would be another model."""
-    in_interpreter(f"check_modules({attn!r})")
+@pytest.mark.parametrize("check", [*itertools.product(("check_gates", "check_states"), kernels.OPS),
+                                   *(("check_modules", attn) for attn in MIXERS)], ids="-".join)
+def test_kernels_in_the_interpreter(check):
+    """A kernel would hide a NaN gate, overwrite a forked state, or read other inputs than torch."""
+    code = "import test_all as t; t.torch.set_num_threads(1); t.{}({!r})".format(*check)
+    run = python("-c", code, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
 def test_backends_are_refused_or_left_alone(monkeypatch):
@@ -410,9 +371,10 @@ def test_torch_compile_breaks_once_per_op():
                                torch.autograd.grad(compiled(x), weight))
 
 
+@pytest.mark.slow
 def test_all_else_works_without_triton():
     """Where triton has no wheel, as on macOS, the project must still import and run."""
-    run = python("import sys; sys.modules['triton'] = None; import kernels, torch\n"
+    run = python("-c", "import sys; sys.modules['triton'] = None; import kernels, torch\n"
                  "cases = [(op, torch.float32, shape, kind) for op, dtype, shape, kind in "
                  "kernels.check_cases(False) if kind != 'step']\n"
                  "assert kernels.check(cases, backend='torch')[1] == 0\n"
@@ -426,21 +388,20 @@ def test_all_else_works_without_triton():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", (False, True))
-def test_kernels_script_checks_itself(wrong, tmp_path):
-    """The command that a GPU user runs first must work, and a check that cannot fail is worthless.
-    Wrong here: GLA's products are off by one part in ten, and no final state is written (unwritten
-    memory often holds the right answer of the last call)."""
-    source = (ROOT / "kernels.py").read_text()
-    for right, change in (("Pc * K ** -0.5", "1.1 * Pc * K ** -0.5"),
-                          ("    _store(end + bh * K * V, state, keys, cols, V, K, V)\n", "")):
-        assert right in source
-        source = source.replace(right, change, wrong)                       # in _scan, not _step
-    (tmp_path / "kernels.py").write_text(source)
-    run = subprocess.run([sys.executable, tmp_path / "kernels.py"], capture_output=True, text=True)
+def test_kernels_script_checks_itself(wrong):
+    """A GPU user's first command must work, and a check that cannot fail is worthless."""
+    code = """
+chunks = kernels._chunk_kernels
+def spoiled(*inputs):
+    (o, state), *rest = chunks(*inputs)
+    return (1.1 * o, state * float("nan")), *rest
+kernels._chunk_kernels = spoiled
+""" * wrong
+    run = python("-c", f"import kernels, sys; sys.argv = ['kernels.py']\n{code}kernels.main()",
+                 TRITON_INTERPRET="1")
     result = json.loads(run.stdout.splitlines()[-1])
-    assert run.returncode == wrong == (result["failures"] > 0), run.stdout[-3000:]
-    for line in ("linear_attention.*FAILED o: ", "linear_attention.*; state: rms error nan",
-                 "delta_rule.*FAILED state: rms error nan"):
+    assert run.returncode == wrong == (result["failures"] > 0), run.stdout[-3000:] + run.stderr
+    for line in ("linear_attention.*FAILED o: ", "delta_rule.*; state: rms error nan"):
         assert bool(re.search(line, run.stdout)) == wrong, line
     if not torch.cuda.is_available():
         assert 'backend "auto" selects: torch' in run.stdout and "No GPU here" in run.stdout
@@ -459,16 +420,17 @@ def test_kernels_script_refuses_and_teaches(monkeypatch, capsys):
         assert end.value.code == (2 if err else 0) and err.count("\n") == bool(err)
 
 
+@pytest.mark.slow
 def test_hopper_gets_a_ptxas_that_compiles_the_kernels_right():
     """On an H200 the ptxas 12.8 that Triton runs by itself gave wrong gradients without a word."""
     code = ("import kernels, triton; kernels._use_sound_ptxas(); "
             "from triton.backends.nvidia import compiler as c; "
             "print(c.get_ptxas(90).version, c.get_ptxas_version(90))")
-    run = python(code)
+    run = python("-c", code)
     assert tuple(map(int, run.stdout.split()[0].split("."))) >= (13, 1), run.stderr
     assert f"release {run.stdout.split()[0]}" in run.stdout
     usual = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    run = python(code, TRITON_PTXAS_PATH=str(usual))
+    run = python("-c", code, TRITON_PTXAS_PATH=str(usual))
     assert "RuntimeError: ptxas 12.8 compiles these kernels wrongly for Hopper" in run.stderr
 
 
@@ -515,11 +477,11 @@ def compile_jobs(arch, monkeypatch):
         x = x.unflatten(2, (8, 128))
         outputs += [kernels.gated_rms_norm(x), kernels.gated_rms_norm(x, tensor(128), x)]
         torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-    return jobs.values()
+    return list(jobs.values())
 
 
 def compiled(job):
-    """What the compiler and the assembler say about a kernel; ptxas as by _use_sound_ptxas."""
+    """(spilled bytes, shared KiB, kinds of matrix products) of a kernel, by _use_sound_ptxas."""
     name, signature, constants, divisible, options, arch = job
     from triton.backends.compiler import GPUTarget
     tools, triton = kernels.triton.knobs.nvidia, kernels.triton
@@ -530,60 +492,36 @@ def compiled(job):
     said = subprocess.run([ptxas.path, "-v", f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), "-o",
                            os.devnull, "/dev/stdin"], input=kernel.asm["ptx"],
                           capture_output=True, text=True).stderr
-    return dict(kernel=name, arch=arch, constants=constants, options=options,
-                spilled=max(int(x) for x in re.findall(r"(\d+) bytes spill", said)),
-                shared_kb=kernel.metadata.shared / 1024,
-                matrix=[x for x in ("wgmma", "mma.sync") if x in kernel.asm["ptx"]])
+    return (max(int(x) for x in re.findall(r"(\d+) bytes spill", said)),
+            kernel.metadata.shared / 1024,
+            [x for x in ("wgmma", "mma.sync") if x in kernel.asm["ptx"]][:1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch, shared_kb, matrix", ((80, 163, "mma.sync"), (90, 227, "wgmma")))
-def test_kernels_compile_without_spills(arch, shared_kb, matrix, monkeypatch):
+@pytest.mark.parametrize("arch, memory, matrix", ((80, 163, "mma.sync"), (90, 227, "wgmma")))
+def test_kernels_compile_without_spills(arch, memory, matrix, monkeypatch):
     """A kernel that outgrows an A100 or H100 would be slow or fail there; no CPU run shows it."""
+    jobs = compile_jobs(arch, monkeypatch)
     with concurrent.futures.ProcessPoolExecutor() as pool:
-        for row in pool.map(compiled, compile_jobs(arch, monkeypatch)):
-            assert row["spilled"] <= 64 and row["shared_kb"] <= shared_kb, row
-            products = not row["kernel"].startswith(("_step", "_conv", "_norm"))
-            assert row["matrix"][:1] == [matrix] * products, row
+        for job, (spilled, shared, products) in zip(jobs, pool.map(compiled, jobs)):
+            assert spilled <= 64 and shared <= memory, job
+            assert products == [matrix] * (not job[0].startswith(("_step", "_conv", "_norm"))), job
 
 
 # ------------------------------------------------------------------------------------------------
 # linear_attn.py: mixers from sizes, and from a teacher's attention
 
-COPIED = """
-import torch
-from linear_attn import GatedDeltaNet
-
-mixer = GatedDeltaNet(hidden_size=256, num_heads=4, head_dim=64)
-hidden_states = torch.randn(2, 100, 256, requires_grad=True)        # [B, T, C]
-output, _ = mixer(hidden_states)                                    # [B, T, C]
-output.square().mean().backward()
-print(tuple(output.shape), hidden_states.grad.isfinite().all().item())
-"""
-
-
 def run_elsewhere(code, path):
     """What `code` prints in the folder `path`, in a process that cannot see the project."""
-    run = subprocess.run([sys.executable, "-c", code], cwd=path, text=True, capture_output=True,
-                         stdin=subprocess.DEVNULL,
-                         env={**os.environ, "HF_HOME": str(path / "hf"), "PYTHONPATH": ""})
+    run = python("-c", code, cwd=path, HF_HOME=str(path / "hf"), PYTHONPATH="")
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 
 
-def test_a_mixer_works_in_another_project(tmp_path):
-    """The copy example fails if a mixer needs a teacher, or more files than two."""
-    for name in ("kernels.py", "linear_attn.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    assert run_elsewhere(COPIED, tmp_path) == "(2, 100, 256) True\n"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inherited_projections_are_the_teachers_q_k_v(family):
-    """A start from other rows than the family's attention uses (fused layouts, repeated heads,
-    norms) would be far from the teacher. At position 0 RoPE is the identity, so every token is
-    given position 0."""
-    model, seen = random_model(FAMILIES[family]()), []
+    """A start from other rows than the family's attention uses would be far from the teacher."""
+    model, seen = random_model(small(family)), []
 
     def record(attn, query, key, value, *args, **kwargs):
         groups = query.shape[1] // key.shape[1]
@@ -592,9 +530,10 @@ def test_inherited_projections_are_the_teachers_q_k_v(family):
         return torch.zeros_like(query).transpose(1, 2), None
 
     def compare(attn, args, kwargs, output):
+        # RoPE is the identity at position 0, which every token has here
         mixer = MIXERS["gla"].from_attention(attn, model.config, len(seen) - 1)
         q, k, v = mixer.project(args[0] if args else kwargs["hidden_states"])
-        if family == "opt":                         # OPT scales q before its attention function
+        if family == "OPT":                         # OPT scales q before its attention function
             q = q * attn.scaling
         assert all(relative(*pair) < 1e-5 for pair in zip((q, k, v), seen[-1]))
         out = linear_attn.teacher_projections(attn, model.config)[3]
@@ -612,7 +551,7 @@ def test_inherited_projections_are_the_teachers_q_k_v(family):
 @pytest.mark.parametrize("layout", FALCONS)
 def test_falcon_is_inherited_in_its_three_layouts(layout):
     """Each fuses q, k and v in another order; Falcon itself says which rows are whose."""
-    model = random_model(FALCONS[layout]())
+    model = random_model(small(layout))
     attn, x = attention_modules(model)[0], torch.randn(2, 7, 32)
     mixer = MIXERS["gla"].from_attention(attn, model.config, 0)
     for ours, theirs in zip(mixer.project(x), attn._split_heads(attn.query_key_value(x))):
@@ -622,9 +561,8 @@ def test_falcon_is_inherited_in_its_three_layouts(layout):
 @pytest.mark.parametrize("attn", MIXERS)
 @pytest.mark.parametrize("init", ("inherit", "random"))
 def test_every_parameter_learns_and_the_seed_decides(attn, init):
-    """A parameter whose gradient is zero for ever (two zeroed factors) would not train, and a
-    start that the global generator decides could not be repeated."""
-    model = random_model(FAMILIES["qwen2"]())
+    """A parameter between two zeroed factors never trains; a global generator is not repeatable."""
+    model = random_model(small("Qwen2"))
     make = lambda seed: MIXERS[attn].from_attention(
         attention_modules(model)[0], model.config, 0, init, seed)
     mixer, start = make(1), make(1).state_dict()
@@ -642,16 +580,12 @@ def test_every_parameter_learns_and_the_seed_decides(attn, init):
 
 
 @pytest.mark.parametrize("config, message", (
-    (transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "BloomFor"),
-    (transformers.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4), "MptFor"),
-    (transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "MambaFor"),
-    (transformers.CodeGenConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
-     "CodeGenAttention.*--init random"),
-    (transformers.StableLmConfig(**{**SMALL, "num_hidden_layers": 4}, qk_layernorm=True),
+    (small("Bloom"), "BloomFor"), (small("Mpt"), "MptFor"), (small("Mamba"), "MambaFor"),
+    (small("CodeGen", rotary_dim=4), "CodeGenAttention.*--init random"),
+    (small("StableLm", num_hidden_layers=4, qk_layernorm=True),
      "StableLmLayerNormPerHead.*--init random")), ids=lambda x: getattr(x, "model_type", ""))
 def test_models_that_do_not_fit_are_named(config, message):
-    """A linear module there, or a guess at the layout, would compute wrong numbers silently.
-    StableLM has as many norms in its attention as layers, which are not taken for layers."""
+    """A linear module there, or a guess at the layout, would compute wrong numbers silently."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match=message):
         MIXERS["gdn"].from_attention(attention_modules(model)[0], config, 0)
@@ -664,12 +598,10 @@ LAYER_SETS = ((1,), (0, 2), (0, 1, 2))
 
 
 @pytest.mark.parametrize("attn", MIXERS)
-@pytest.mark.parametrize("family", (*DECODED, "eager"))
+@pytest.mark.parametrize("family", fast((*DECODED, "eager"), "Llama", "GPT2"))
 def test_padding_may_stand_anywhere_and_come_in_pieces(family, attn):
-    """Real tokens read as in their row alone, without padding or cache: padding before, between
-    and behind them (the second turn of a batched chat), at once or in pieces of any size. Else
-    padded tokens stand in a convolution's taps and tail, or write to a state."""
-    model = random_model(FAMILIES["qwen2" if family == "eager" else family](), scale=3.0)
+    """Padding would stand in a convolution's taps and tail, or write to a state."""
+    model = random_model(small("Qwen2" if family == "eager" else family), scale=3.0)
     model.set_attn_implementation("eager" if family == "eager" else "sdpa")
     ids, mask = tokens(4, 14), torch.ones(4, 14, dtype=torch.long)
     mask[0, :5] = mask[1, 4:9] = mask[2, 11:] = mask[3, [0, 2, 3, 5, 6, 7, 13]] = 0
@@ -692,9 +624,8 @@ def test_padding_may_stand_anywhere_and_come_in_pieces(family, attn):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_generation_modes(attn):
-    """Greedy, beam, padded and chunked generation with a cache would give other tokens than
-    decoding without one if a state were lost, or kept for another row."""
-    model = random_model(FAMILIES["llama"](), scale=3.0)
+    """A state that is lost, or kept for another row, changes what a cache generates."""
+    model = random_model(small("Llama"), scale=3.0)
     mixers, ids = shaken_mixers(model, attn), tokens(2, 9)
     mask = torch.ones_like(ids)
     ids[1, :3], mask[1, :3] = 0, 0
@@ -710,11 +641,10 @@ def test_generation_modes(attn):
 
 
 @pytest.mark.parametrize("attn", MIXERS)
-@pytest.mark.parametrize("family", ("llama", "gpt_neox", "gpt2"))
+@pytest.mark.parametrize("family", fast(("Llama", "GPTNeoX", "GPT2"), "Llama"))
 def test_packed_documents_do_not_see_each_other(family, attn):
-    """Positions that restart inside a row (SFTTrainer(packing=True)), documents shorter than the
-    convolution included: outputs and gradients would be of documents run together."""
-    model = random_model(FAMILIES[family](), scale=3.0)
+    """Rows packed by SFTTrainer would give outputs and gradients of documents run together."""
+    model = random_model(small(family), scale=3.0)
     mixers, lengths = shaken_mixers(model, attn), (5, 1, 2, 7, 3)
     ids, positions = tokens(2, sum(lengths)), torch.cat([torch.arange(n) for n in lengths])
     mixers[0].requires_grad_(True)
@@ -730,9 +660,8 @@ def test_packed_documents_do_not_see_each_other(family, attn):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_flash_attention_gives_a_flat_mask_or_positions(attn):
-    """Its mask is [B, K], and documents show in positions alone; a mixer that read neither would
-    read padding, or another document."""
-    model = random_model(FAMILIES["llama"](), scale=3.0)
+    """A mixer that ignores [B, K] masks or positions would read padding or another document."""
+    model = random_model(small("Llama"), scale=3.0)
     mixer, x = shaken_mixers(model, attn)[0], torch.randn(1, 9, 32)
     for mask in (torch.arange(9)[None] > 2, torch.arange(9)[None] < 6):
         alone = mixer(x[mask][None])[0][0]
@@ -747,7 +676,7 @@ def test_flash_attention_gives_a_flat_mask_or_positions(attn):
 
 def test_caches_are_known_by_every_name_or_refused():
     """A cache that is ignored, or that cannot hold a state, would give wrong text silently."""
-    model = random_model(FAMILIES["llama"]())
+    model = random_model(small("Llama"))
     mixers, ids, x = shaken_mixers(model, "gdn"), tokens(1, 6), torch.randn(1, 5, 32)
     for name in linear_attn.CACHE_NAMES:            # it differs by family and version
         cache = transformers.DynamicCache()
@@ -776,42 +705,12 @@ def test_caches_are_known_by_every_name_or_refused():
         mixers[1](x, past_key_values=object())
 
 
-@pytest.mark.parametrize("attn, channels", (("gla", 0), ("gdn", 3 * 32), ("jet", 32)))
-def test_bytes_of_a_linear_layers_memory(attn, channels):
-    """A memory that grew with the tokens would cost what softmax attention costs. It is H D D fp32
-    numbers and W - 1 inputs of the convolution; a softmax layer keeps 2 kv_heads D per token."""
-    model = random_model(FAMILIES["llama"]()).bfloat16()
-    swap(model, 1, shaken_mixers(model, attn)[1])
-    for length in (8, 24):
-        softmax, linear = model(tokens(2, length)).past_key_values.layers[:2]
-        size = lambda *tensors: sum(t.nbytes for t in tensors if t is not None)
-        assert size(*linear.state) == 2 * (4 * 8 * 8 * 4 + 3 * channels * 2)
-        assert size(softmax.keys, softmax.values) == 2 * length * (2 * 2 * 8 * 2)
-
-
 # ------------------------------------------------------------------------------------------------
 # linear_attn.py: a hybrid is an ordinary checkpoint
 
-EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
-               moe_intermediate_size=16, shared_expert_intermediate_size=16, n_group=1,
-               topk_group=1)
-MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Phimoe")
-SAVED = FAMILIES | {f"falcon_{layout}": make for layout, make in FALCONS.items()} | {
-    name.lower(): functools.partial(getattr(transformers, f"{name}Config"), **SMALL, **EXPERTS)
-    for name in MIXTURES} | {
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4}, **EXPERTS, q_lora_rank=8, kv_lora_rank=8,
-        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
-    "olmo2": lambda: transformers.Olmo2Config(**SMALL),
-    "gemma3": lambda: transformers.Gemma3Config(        # text inside a model that also sees
-        text_config={**SMALL, "head_dim": 16}, mm_tokens_per_image=1, image_token_index=60,
-        boi_token_index=61, eoi_token_index=62, vision_config=dict(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            image_size=16, patch_size=8)),
-}
 PAIRS = ("gla-gdn", "jet-gdn", "gla-jet")                           # in layers 0 and 2
 SAVED_CASES = [(family, pair) for i, family in enumerate(SAVED) for pair in (
-    PAIRS[:2] if family in (*DECODED, "mixtral") else PAIRS[i % 3: i % 3 + 1])]
+    PAIRS[:2] if family in (*DECODED, "Mixtral") else PAIRS[i % 3: i % 3 + 1])]
 
 OUTPUTS = """
 def outputs(model, ids, mask):
@@ -847,9 +746,9 @@ def saved(tmp_path_factory):
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     for family, pair in SAVED_CASES:
-        random_model(SAVED[family](), scale=2.0).save_pretrained(path / "base")
+        random_model(small(family), scale=2.0).save_pretrained(path / "base")
         model = transformers.AutoModelForCausalLM.from_pretrained(path / "base").eval()
-        init = "random" if family in ("phi", "deepseek_v3") else "inherit"
+        init = "random" if family in ("Phi", "DeepseekV3") else "inherit"
         for layer, attn in zip((0, 2), pair.split("-")):
             swap(model, layer, shaken_mixers(model, attn, init)[layer])
         inputs = tokens(2, 9).clamp(max=59), mask
@@ -866,18 +765,14 @@ def saved(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("family, pair", SAVED_CASES)
 def test_saved_hybrid_loads_where_the_project_is_unknown(family, pair, saved):
-    """Two loads and a second save give equal bits, and the logits and the cached text of a
-    left-padded batch are the hybrid's. Bases whose files have other key names (GPT-NeoX, most
-    mixtures of experts) came back with random weights."""
+    """Bases whose files have other key names, such as GPT-NeoX, came back with random weights."""
     found, misfits = torch.load(saved[0] / f"{family}-{pair}" / "outputs.pt")
     assert misfits == 0
     assert all(all(map(torch.equal, outputs, saved[1][family, pair])) for outputs in found)
 
 
-def test_a_hybrid_that_does_not_fit_is_refused(lab, tmp_path, monkeypatch, capsys):
-    """transformers itself would draw missing tensors at random and go on, cut a linear layer into
-    ranks, or build a plain model. A config of one mixer for all layers, as older hybrids have,
-    still loads; a base without mixers is an ordinary base."""
+def test_a_hybrid_that_does_not_fit_is_refused(lab, tmp_path, script):
+    """transformers would draw missing tensors at random, or cut linear layers into ranks."""
     (model, tokenizer), base, path = load_lab_model(lab), tmp_path / "base", tmp_path / "hybrid"
     linear_attn.save_hybrid(model, base, tokenizer)
     auto = transformers.AutoModelForCausalLM
@@ -898,30 +793,25 @@ def test_a_hybrid_that_does_not_fit_is_refused(lab, tmp_path, monkeypatch, capsy
         tensors = load_file(folder / "model.safetensors")
         tensors["odd"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        code, _, err = call(command("eval.py", model=folder, task=lab / "val.jsonl"), monkeypatch,
-                            capsys)
-        assert code == 2 and "model.layers.1.mlp.up_proj.weight" in err.splitlines()[-1], err
+        script(command("eval.py", model=folder, task=lab / "val.jsonl"), 2,
+               "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(UserError, match="missing model.*, 1 in all; unexpected odd, 1 in all"):
         linear_attn.load_hybrid(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
-@pytest.mark.parametrize("word", ("apply_chat_template", "peft"))
-def test_readme_chats_and_fine_tunes(word, lab, tmp_path):
+def test_readme_chats_and_fine_tunes(lab, tmp_path):
     """README's lines would not run, or not train, on a saved hybrid in another process."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    code, = (block for block in blocks if word in block)
+    code, = (block for block in readme_blocks() if "peft" in block)
     model, tokenizer = load_lab_model(lab)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with replace.replaced(model, shaken_mixers(model, "jet"), (1, 2)):
         linear_attn.save_hybrid(model, tmp_path / "runs" / "jet-pubmedqa" / "opt", tokenizer)
         before = model(tokens(1, 5)).logits
-    printed = run_elsewhere(code, tmp_path)
-    if word == "peft":
-        after = linear_attn.load_hybrid(tmp_path / "runs" / "tuned")(tokens(1, 5)).logits
-        assert after.isfinite().all() and not torch.equal(before, after)
-    else:
-        assert printed.strip()
+    assert run_elsewhere(code, tmp_path).strip()
+    after = linear_attn.load_hybrid(tmp_path / "runs" / "tuned")(tokens(1, 5)).logits
+    assert after.isfinite().all() and not torch.equal(before, after)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -930,8 +820,7 @@ def test_readme_chats_and_fine_tunes(word, lab, tmp_path):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     path = tmp_path_factory.mktemp("lab")
-    model = random_model(transformers.LlamaConfig(
-        **{**SMALL, "num_hidden_layers": 4}, max_position_embeddings=64), scale=2.0)
+    model = random_model(small("Llama", num_hidden_layers=4), scale=2.0)
     model.save_pretrained(path / "model")
     distill.demo_tokenizer().save_pretrained(path / "model")
     rng = random.Random(0)
@@ -948,7 +837,10 @@ def lab(tmp_path_factory):
 
 
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
 
 
 def command(script, **flags):
@@ -970,18 +862,33 @@ def replace_command(lab, blocks, out, **flags):
         "test": lab / "test.jsonl", "out": out, "batch_size": 8, **flags})
 
 
+def run_main(words):
+    """Runs a script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        evaluation.run_script(importlib.import_module(Path(words[0]).stem).main)
+
+
 def call(words, monkeypatch, capsys):
     """Run a script in this process -> (exit code, last stdout line as JSON or None, stderr)."""
-    module = importlib.import_module(Path(words[0]).stem)
-    monkeypatch.setattr(sys, "argv", [str(w) for w in words])
     capsys.readouterr()
     try:
-        evaluation.run_script(module.main)
+        run_main(words)
         code = 0
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
     return code, json.loads(out.splitlines()[-1]) if out.strip() else None, err
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """call that expects an exit code and, in the last line of stderr, a text."""
+    def script(words, code=0, says=""):
+        found, result, err = call(words, monkeypatch, capsys)
+        assert found == code and says in (err.strip().splitlines() or [""])[-1], err
+        return result, err
+    return script
 
 
 def start(words, ranks=0, **kwargs):
@@ -993,11 +900,19 @@ def start(words, ranks=0, **kwargs):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
+def finished(words, **kwargs):
+    """Runs a script in a process of its own to its end -> its last stdout line as JSON."""
+    process = start(words, **kwargs)
+    out, err = process.communicate()
+    assert process.returncode == 0 and len(out.splitlines()) == 1, err
+    return json.loads(out)
+
+
 @pytest.fixture(scope="session")
 def runs(lab):
     """A finished distillation of each mixer."""
-    processes = [start(distill_command(lab, lab / attn, attn=attn)) for attn in MIXERS]
-    assert all(process.communicate() and process.returncode == 0 for process in processes)
+    for attn in MIXERS:
+        run_main(distill_command(lab, lab / attn, attn=attn))
     return {attn: lab / attn for attn in MIXERS}
 
 
@@ -1019,8 +934,7 @@ def log_rows(run):
 # distill.py
 
 def test_teacher_forward_stops_early_and_leaves_no_trace(lab):
-    """Each hook sees the attention's own input and output; the head and what follows the last
-    wanted attention never run; activation graphs do not pile up."""
+    """Layers would learn from other inputs, the head would run for nothing, hooks would pile up."""
     model, _ = load_lab_model(lab)
     ids, seen, ran = tokens(2, 9), {}, []
     hidden = model(ids, output_hidden_states=True).hidden_states
@@ -1038,12 +952,10 @@ def test_teacher_forward_stops_early_and_leaves_no_trace(lab):
     assert hooks() == before
 
 
-def test_layers_apart_equal_layers_together(lab, runs, tmp_path, monkeypatch, capsys):
-    """--layers 1 and --layers 0,2-3 give bit for bit what all four together gave; joined again
-    they are usable as one. Otherwise layers could not be distilled on several machines."""
+def test_layers_apart_equal_layers_together(lab, runs, tmp_path, script):
+    """Layers could not be distilled on several machines and joined."""
     for name, layers in (("a", "1"), ("b", "0,2-3")):
-        words = distill_command(lab, tmp_path / name, attn="jet", layers=layers)
-        assert call(words, monkeypatch, capsys)[0] == 0
+        script(distill_command(lab, tmp_path / name, attn="jet", layers=layers))
     assert_same_layers(tmp_path / "a", runs["jet"], [1])
     assert_same_layers(tmp_path / "b", runs["jet"], [0, 2, 3])
     model, _ = load_lab_model(lab)
@@ -1054,8 +966,7 @@ def test_layers_apart_equal_layers_together(lab, runs, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_distillation_learns_and_its_numbers_are_reproducible(lab, runs, attn):
-    """Training lowers every layer's error; the saved tensors give the printed held-out numbers
-    when they are computed anew from the definition; the teacher is untouched."""
+    """Printed errors would not be the saved tensors', or training would change the teacher."""
     record = distill.read_run(runs[attn])
     model, _ = load_lab_model(lab)
     before, inputs, outputs = copy.deepcopy(model.state_dict()), {}, {}
@@ -1081,12 +992,11 @@ def test_distillation_learns_and_its_numbers_are_reproducible(lab, runs, attn):
     assert record["recipe"]["lr"] == pytest.approx(1e-3 * (1536 / 32) ** 0.75)
 
 
-def test_a_solve_is_the_ridge_regression_and_hardly_needs_fp64(lab, monkeypatch):
-    """o_proj comes out as fp64 gives it from the definition, though GPUs for games, which multiply
-    in fp64 at 1/64 of their speed, only have to multiply in fp32; and it lowers the error."""
+def test_a_solve_is_the_ridge_regression(lab):
+    """o_proj would not be the solution that fp64 gives from the definition."""
     model, _ = load_lab_model(lab)
     mixers = distill.make_mixers(model, "gdn", [1], "inherit", 0)
-    data, pairs, seen = [tokens(8, 32, seed=s) for s in range(4)], [], []
+    data, pairs = [tokens(8, 32, seed=s) for s in range(4)], []
     features = mixers[1].o_proj.in_features
     inherited = expected = mixers[1].o_proj.weight.detach().double()
 
@@ -1097,14 +1007,7 @@ def test_a_solve_is_the_ridge_regression_and_hardly_needs_fp64(lab, monkeypatch)
     for batch in data:
         distill.teacher_forward(model, batch, [1], keep)
     before = distill.held_out_error(model, mixers, torch.cat(data), 8)[1]["mse"]
-    matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__",
-                        lambda a, b: seen.append((a.shape, a.dtype)) or matmul(a, b))
     distill.solve_o_proj(model, mixers, data)
-    monkeypatch.undo()
-    products = [dtype for shape, dtype in seen if shape == (features, 32)]      # X^T [X | R]
-    assert products.count(torch.float32) == 32                                  # one a sequence
-    assert products.count(torch.float64) == 2                                   # of the sums
     assert distill.held_out_error(model, mixers, torch.cat(data), 8)[1]["mse"] < 0.9 * before
     halves = [tuple(map(torch.cat, zip(*pairs[i::2]))) for i in (0, 1)]
     for (x, y), (other_x, other_y) in (halves, halves[::-1]):
@@ -1117,8 +1020,7 @@ def test_a_solve_is_the_ridge_regression_and_hardly_needs_fp64(lab, monkeypatch)
 
 
 def test_a_solve_does_not_fit_noise(lab):
-    """Long training leaves little to solve; a regression on few tokens would put their noise in
-    its place, so a solve reads 8 batches or 32 tokens for each of the 32 features."""
+    """A regression on few tokens would put their noise in the place of what training learned."""
     model, tokenizer = load_lab_model(lab)
     mixers = distill.make_mixers(model, "gdn", [0, 3], "inherit", 0)
     corpus, args = lab_corpus(lab, tokenizer, seq_len=32)
@@ -1137,13 +1039,11 @@ def test_a_solve_does_not_fit_noise(lab):
 
 @pytest.mark.parametrize("attn, steps", (("gdn", 1), ("gdn", 8), ("jet", 1), ("gla", 8)))
 def test_a_short_distillation_does_not_end_worse_than_it_began(
-        lab, steps, attn, tmp_path, monkeypatch, capsys):
-    """Adam's first steps move every weight by the whole rate: they undid what was solved. And no
-    product is rounded to TF32, which some containers switch on: too coarse for the solve."""
+        lab, steps, attn, tmp_path, script):
+    """Adam's first steps undid what was solved; TF32, which some containers set, is too coarse."""
     torch.set_float32_matmul_precision("high")
-    code, result, err = call(distill_command(lab, tmp_path / "out", tokens=128 * steps, attn=attn),
-                             monkeypatch, capsys)
-    assert code == 0 and torch.get_float32_matmul_precision() == "highest", err
+    result, _ = script(distill_command(lab, tmp_path / "out", tokens=128 * steps, attn=attn))
+    assert torch.get_float32_matmul_precision() == "highest"
     start, end = (result["held_out"][when] for when in ("start", "end"))
     assert all(end[layer]["mse"] < start[layer]["mse"] for layer in end)
 
@@ -1166,63 +1066,32 @@ def test_schedule_and_clip_are_per_layer(lab):
 
 
 def test_only_one_students_graph_is_alive(lab):
-    """Memory held for backward does not grow with the number of layers."""
-    model, _ = load_lab_model(lab)
-
-    def peak(layers):
-        mixers = distill.make_mixers(model, "gdn", layers, "inherit", 0)
-        alive, most = [0], [0]
-
-        class Held:
-            def __init__(self, tensor):
-                self.tensor, self.size = tensor, tensor.numel()
-                alive[0] += self.size
-                most[0] = max(most[0], alive[0])
-
-            def __del__(self):
-                alive[0] -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-            distill.train_step(model, mixers, distill.make_optimizers(mixers), tokens(4, 32), 1e-3)
-        return most[0]
-
-    assert peak([0, 1, 2, 3]) <= 1.05 * peak([0])
+    """Memory would grow with the layers if one's forward came before another's backward."""
+    model, events = load_lab_model(lab)[0], []
+    mixers = distill.make_mixers(model, "gdn", range(4), "inherit", 0)
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda kept: events.append("kept") or kept, lambda kept: events.append("used") or kept):
+        distill.train_step(model, mixers, distill.make_optimizers(mixers), tokens(4, 32), 1e-3)
+    assert [event for event, _ in itertools.groupby(events)] == ["kept", "used"] * 4
 
 
-def killed_at_random(make_command, seed, kills=3):
-    """Start a script again and again, kill -9 it after random times, then let it end."""
-    rng = random.Random(seed)
+def killed_at_random(make_command, whole, killed):
+    """Runs a script to its end; and again, with kill -9 at three random moments."""
     seconds = time.perf_counter()
-    assert start(make_command("whole")).wait() == 0
+    assert finished(make_command(whole))
     seconds = time.perf_counter() - seconds
-    for _ in range(kills):
-        process = start(make_command("killed"))
-        time.sleep(seconds * rng.uniform(0.4, 0.9))
-        process.send_signal(signal.SIGKILL)
+    for share in (0.45, 0.7, 0.9):
+        process = start(make_command(killed))
+        time.sleep(seconds * share)
+        process.kill()
         process.communicate()
-    process = start(make_command("killed"))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    assert finished(make_command(killed))
 
 
-@pytest.mark.slow
-def test_killed_distillation_ends_in_the_same_tensors(lab, tmp_path):
-    """kill -9 at random moments, a resume after each: tensors, errors and log of one whole run."""
-    make = lambda name: distill_command(lab, tmp_path / name, attn="jet", tokens=40000, resume=True)
-    result = killed_at_random(make, seed=0)
-    assert_same_layers(tmp_path / "whole", tmp_path / "killed")
-    a, b = (distill.read_run(tmp_path / n) for n in ("whole", "killed"))
-    assert a["held_out"] == b["held_out"] == result["held_out"]
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "killed")
-    assert not list(tmp_path.glob("killed/*checkpoint*"))
-
-
-def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, capsys):
-    """Stopped after each checkpoint, with its log torn and half a checkpoint behind, the run ends
-    as if it had not been; once more, it prints its result."""
+def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, script):
+    """A stop between two steps, a torn log or half a checkpoint would change the result."""
     flags = dict(attn="gla", tokens=640, resume=True)                           # 5 steps
-    assert call(distill_command(lab, tmp_path / "whole", **flags), monkeypatch, capsys)[0] == 0
+    script(distill_command(lab, tmp_path / "whole", **flags))
     save, out = distill.save_checkpoint, tmp_path / "stopped"
     for stop_at in range(6):
         def save_and_die(path, state, *rest):
@@ -1234,11 +1103,11 @@ def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, caps
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(distill, "save_checkpoint", save_and_die)
-        assert call(distill_command(lab, out, **flags), monkeypatch, capsys)[0] == 130
+        script(distill_command(lab, out, **flags), 130)
     monkeypatch.setattr(distill, "save_checkpoint", save)
     for _ in range(2):
-        code, result, _ = call(distill_command(lab, out, **flags), monkeypatch, capsys)
-        assert code == 0 and result["held_out"] == distill.read_run(out)["held_out"]
+        result, _ = script(distill_command(lab, out, **flags))
+        assert result["held_out"] == distill.read_run(out)["held_out"]
     assert not list(out.glob("*checkpoint*"))
     assert_same_layers(tmp_path / "whole", out)
     assert log_rows(tmp_path / "whole") == log_rows(out)
@@ -1251,8 +1120,7 @@ def lab_corpus(lab, tokenizer, data=None, **flags):
 
 
 def test_a_file_is_packed_held_out_and_repeated(lab, tmp_path):
-    """No token of a file is lost or trained on twice in a pass, the held-out chunks never are, and
-    a resume sees the later batches; whatever kind of file it is."""
+    """Tokens would be lost, trained on twice in a pass, or both held out and trained on."""
     import datasets
     _, tokenizer = load_lab_model(lab)
     text = (lab / "corpus.jsonl").read_bytes()
@@ -1284,8 +1152,7 @@ def test_documents_are_delimited():
 
 
 def test_streams_are_mixed_by_tokens_and_resume(lab, tmp_path):
-    """Two local datasets in place of Hub ids, through datasets' streaming: proportions by tokens,
-    the held-out chunks never come back, a later start sees the same batches."""
+    """Mixed streams would miss their proportions, leak held-out chunks or resume elsewhere."""
     _, tokenizer = load_lab_model(lab)
     rng = random.Random(0)
     for name, low, length in (("a", 0, 50), ("b", 32, 10)):
@@ -1305,17 +1172,14 @@ def test_streams_are_mixed_by_tokens_and_resume(lab, tmp_path):
         lab_corpus(lab, tokenizer, **{**flags, "text_column": "text"})
 
 
-def test_rows_without_text_are_skipped_and_counted(lab, tmp_path, monkeypatch, capsys):
-    """One null text would end a distillation, at the same row after every resume; a column that
-    starts with nothing else is refused."""
+def test_rows_without_text_are_skipped_and_counted(lab, tmp_path, script):
+    """One null text would end a distillation, at the same row after every resume."""
     good = [json.loads(line) for line in (lab / "corpus.jsonl").read_text().splitlines()] * 15
     for name, bad in (("clean", []), ("nulls", [{"text": None}, {"text": ""}])):
         (tmp_path / name).mkdir()
         write_rows(tmp_path / name / "train.jsonl", [*bad, *good[:40], *bad, *good[40:]])
-        code, result, err = call(distill_command(lab, tmp_path / f"{name}-out", tokens=64, layers=0,
-                                                 seq_len=16, batch_size=1, data=tmp_path / name),
-                                 monkeypatch, capsys)
-        assert code == 0, err
+        _, err = script(distill_command(lab, tmp_path / f"{name}-out", tokens=64, layers=0,
+                                        seq_len=16, batch_size=1, data=tmp_path / name))
     rows = distill.read_run(tmp_path / "nulls-out")["skipped_rows"][str(tmp_path / "nulls")]
     assert rows % 4 == 0 and f"corpus: {rows} rows of {tmp_path / 'nulls'} have no text" in err
     assert_same_layers(tmp_path / "clean-out", tmp_path / "nulls-out", [0])
@@ -1349,8 +1213,7 @@ class Letters:
     (True, "a?\n", "b", False, "a?|b"), (True, "a?", "\n", False, "a?|"),       # no token is left
     (True, "", "?\n", None, "\1|\7"), (True, " \n", "b", None, "\1\2|\nb\2")))
 def test_pairs_are_cut_as_the_harness_cuts_them(merges, context, continuation, bos, tokens):
-    """The context's tokens are those of the context alone, even if a token spans its end: else 18
-    of 33 log-likelihoods under a tokenizer like Qwen2.5's are wrong."""
+    """18 of 33 log-likelihoods under a tokenizer like Qwen2.5's would differ from the harness's."""
     start, rest = tokens.split("|")
     assert evaluation.encode_pair(Letters(merges), context, continuation, bos) == (
         list(map(ord, start + rest)), len(rest))
@@ -1378,14 +1241,13 @@ def test_log_likelihoods_equal_the_harness(case):
 def test_texts_without_tokens_are_refused(lab, tmp_path, item, says):
     """A choice without tokens scored 0, more than any other, and won; an empty prompt crashed."""
     model, tokenizer = load_lab_model(lab)
-    task, docs = file_task(jsonl(tmp_path / "items.jsonl", [item]))
+    task, docs = file_task(write_rows(tmp_path / "items.jsonl", [item]))
     with pytest.raises(UserError, match=f"items.jsonl line 1: the {says}.* has no tokens"):
         evaluation.Prepared(task, docs, model, tokenizer, 8)
 
 
 def test_accuracies_by_hand():
-    """acc by sums, acc_norm by characters, ties to the first, an empty choice never wins, NaN
-    counts as the maximum, as in numpy."""
+    """Ties, NaN, empty choices or lengths would be counted otherwise than the harness does."""
     for choices, gold, lls, acc, acc_norm in (
             (["aaaa", "b", "cc"], 0, [-4.0, -3.0, -5.0], 0, 1), (["a", "bb"], 0, [-1, -1], 1, 0),
             (["", "b"], 1, [-1, -2], 0, 1), (["a", "bb"], 0, [math.nan, -1.0], 1, 1)):
@@ -1413,8 +1275,7 @@ def test_equal_requests_are_asked_once(lab):
 
 
 def test_generation_ends_at_eos_and_takes_any_generation_config(lab):
-    """The harness ends a text at EOS written as characters, too; a generation config that asks for
-    a dict ended in a traceback."""
+    """EOS written as characters would not end a text; a config that asks for a dict crashed."""
     model, split = prepared(lab, "generate", batch_size=4)
     model.generation_config.return_dict_in_generate = True
     texts = [text for text, in evaluation.evaluate(model, split).outputs]
@@ -1489,39 +1350,19 @@ def test_stop_strings_are_found_in_the_last_tokens():
     assert done == [True, True, False]
 
 
-def test_scores_that_are_not_finite_stop(lab):
-    """Otherwise NaN loses every comparison, and a broken hybrid gets a score."""
-    model, split = prepared(lab, "val")
-    mixers = distill.make_mixers(model, "gdn", [2], "inherit", 0)
-    mixers[2].o_proj.weight.data.fill_(math.nan)
-    with replace.replaced(model, mixers, (2,)):
-        with pytest.raises(FloatingPointError, match=r"line \d+.*\[2\]"):
-            evaluation.evaluate(model, split)
-
-
-def test_eval_script(lab, tmp_path, monkeypatch, capsys):
-    """Otherwise the items on disk are not those of the printed score, or one file's items replace
-    those of another file with the same name."""
+def test_eval_script(lab, tmp_path, script):
+    """The items on disk would not be those of the printed score, or of another file."""
     (tmp_path / "val.jsonl").write_text("".join((lab / "val.jsonl").open().readlines()[:7]))
     tasks = [lab / "val.jsonl", lab / "generate.jsonl", tmp_path / "val.jsonl"]
-    words = command("eval.py", model=lab / "model", task=",".join(map(str, tasks)), limit=9,
-                    out=tmp_path)
-    code, result, err = call(words, monkeypatch, capsys)
-    assert code == 0, err
+    result, _ = script(command("eval.py", model=lab / "model", task=",".join(map(str, tasks)),
+                               limit=9, out=tmp_path))
     for row, n in zip(result["results"], (9, 9, 7)):
         items = [json.loads(line) for line in Path(row["items"]).read_text().splitlines()]
         assert row["n"] == len(items) == n
         assert row["value"] == pytest.approx(sum(i[row["metric"]] for i in items) / n)
-    code, norm, _ = call(command("eval.py", model=lab / "model", task=lab / "val.jsonl",
-                                 limit=9, metric="acc_norm"), monkeypatch, capsys)
+    norm, _ = script(command("eval.py", model=lab / "model", task=tasks[0], limit=9,
+                             metric="acc_norm"))
     assert norm["results"][0]["value"] == result["results"][0]["metrics"]["acc_norm"]
-
-
-def test_eval_without_a_demo_says_what_makes_one(tmp_path, monkeypatch, capsys):
-    """Otherwise README's first command ends in a traceback where no demo is."""
-    monkeypatch.chdir(tmp_path)
-    code, _, err = call(["eval.py"], monkeypatch, capsys)
-    assert code == 2 and "python distill.py" in err
 
 
 def time_command(lab, out, **flags):
@@ -1549,12 +1390,12 @@ def test_throughput_times_the_hybrids_of_a_search(attn, lab, runs, tmp_path, mon
         assert row["cache_bytes"] == row["cache_bytes_formula"] == batch * wanted
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2", "mistral"))
+@pytest.mark.parametrize("family", ("Llama", "GPT2", "Mistral"))
 def test_a_timed_step_is_the_step_after_the_context(family, monkeypatch):
     """The speed would be that of another computation: of a wrong place, mask, state or length."""
     monkeypatch.setattr(evaluation, "CHUNK", 7)
-    config, ids = FAMILIES[family](), tokens(1, 20)
-    if family == "mistral":
+    config, ids = small(family), tokens(1, 20)
+    if family == "Mistral":
         config.sliding_window = 8
     model = random_model(config)
     with torch.no_grad(), replace.replaced(model, shaken_mixers(model, "gdn"), (0, 2)):
@@ -1612,13 +1453,6 @@ HARNESS_NAME = {"swde": "swde_v1"}  # the harness's own swde is version 1 by now
 
 def sha(text):
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def jsonl(path, docs):
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(doc) + "\n" for doc in docs)
-    return str(path)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"],
@@ -1696,7 +1530,7 @@ def test_harness_functions():
 
 @needs_shared
 def test_real_files():
-    """Real documents pass every check; shots are the harness's; what is searched is not reported."""
+    """A real document that fails a check, or is both searched and reported, would spoil a score."""
     task, golden, data = TASKS["gsm8k"], GOLDEN["gsm8k_real_4shot_hashes"], SHARED / "data"
     files = data / "gsm8k/train.jsonl", data / "gsm8k/test.jsonl"
     train, test = load_docs(task, "train", files[0]), load_docs(task, "test", files[1])
@@ -1770,7 +1604,8 @@ def test_scores_by_hand(name, doc, outputs, metrics):
     assert TASKS[name].score(doc, outputs) == metrics
 
 
-def test_batches_are_even_and_shared_out_evenly():
+def test_batches_are_even_and_cut_where_padding_costs_more():
+    """Ranks would wait for one with a batch more; uneven rows would read mostly padding."""
     for n, size in itertools.product((1, 2, 3, 5, 81, 400), (1, 2, 8, 32, 500)):
         batches = evaluation.even_batches(list(range(n)), size)
         assert sum(batches, []) == list(range(n))
@@ -1780,10 +1615,6 @@ def test_batches_are_even_and_shared_out_evenly():
         for ranks in (2, 4, 8):
             if 8 <= len(batches) < n:
                 assert len({len(batches[rank::ranks]) for rank in range(ranks)}) == 1
-
-
-def test_forwards_are_cut_where_padding_costs_more():
-    """Otherwise batches of uneven lengths read mostly padding, or every row has its own forward."""
     model = types.SimpleNamespace(device=torch.device("cpu"))
     lengths = [300, 299, 299, 100, 100, 20, 3]
     rows = [evaluation.Row(0, length, [0]) for length in random.Random(0).sample(lengths, 7)]
@@ -1797,26 +1628,13 @@ def test_forwards_are_cut_where_padding_costs_more():
 # ------------------------------------------------------------------------------------------------
 # eval.py: documents
 
-def test_names():
-    """The paper's short names find the harness's tasks, each with the paper's three scores."""
-    assert len(TASKS) == 19
-    for name in "ArcC ArcE BQ CQ HS OBA PIQA WG GSM8K MQ HE MBPP SWDE SAMSum TREC EC MK PM".split():
-        assert len(TASKS[name].paper) == 3
-    assert TASKS["arcc"] is TASKS["arc_challenge"]
-    with pytest.raises(UserError, match="arc_challenge"):
-        TASKS["arc"]
-
-
 @pytest.mark.parametrize("name, doc, why", [
     ("arc_easy", dict(ARC, answerKey="C"), "'C' is not in list"),
     ("boolq", dict(BOOLQ, label=-1), "-1 is not one of 2"),
-    ("hellaswag", dict(HELLASWAG, label=""), "'' is not in list"),
     ("pubmedqa", dict(PUBMED, final_decision="perhaps"), "'perhaps' is not one of 3"),
     ("gsm8k", dict(GSM8K, answer="five"), "no number"),
     ("winogrande", dict(WINOGRANDE, sentence=""), "substring not found"),
-    ("winogrande", dict(WINOGRANDE, answer="0"), "-1 is not one of 2"),
     ("mathqa", dict(MATHQA, options="1, 2, 3"), "not one of 0 choices"),
-    ("mathqa", dict(MATHQA, correct=""), "'' is not in list"),
     ("humaneval", dict(CODE, test="def check(:"), "SyntaxError"),
     ("longbench_samsum", dict(TREC, answers=[]), "is not a text"),
     ("mbpp", dict(MBPP, test_list=["assert f()"]), "IndexError"),
@@ -1825,13 +1643,12 @@ def test_names():
     ("choices", {"context": "c", "choices": ["a", 1], "gold": 0}, "TypeError"),
     ("choices", {"context": "c", "choices": ["a", "b"]}, "no gold"),
     ("choices", {"context": "c", "choices": ["a", "\ude00b"], "gold": 0}, "surrogates"),
-    ("answers", {"prompt": "\ud83d", "answer": "5"}, "surrogates"),
     ("answers", {"prompt": "p", "answer": 5}, "not a text"),
     ("answers", {"prompt": "p", "answer": "5", "stop": "x"}, "list of texts"),
     ("answers", {"prompt": "p", "answer": "5", "max_tokens": 0}, "positive")])
 def test_bad_documents_are_named(tmp_path, name, doc, why):
     """A document that cannot be asked or scored would end a run late, or count as wrong."""
-    path = jsonl(tmp_path / "docs.jsonl", [doc])
+    path = write_rows(tmp_path / "docs.jsonl", [doc])
     with pytest.raises(UserError, match=f"docs.jsonl line 1: not a document of {name} .*{why}"):
         load_docs(TASKS[name], "test", path) if name in TASKS else file_task(path)
 
@@ -1841,7 +1658,7 @@ def test_bad_documents_are_named(tmp_path, name, doc, why):
     ("[" * 100_000, "line 1 is not"), ('{"a":' * 100_000, "line 1 is not"), ("", "no documents"),
     (b"\xff\xfe\x00", "cannot read"), (None, "cannot read")])
 def test_bad_files_are_named(tmp_path, text, why):
-    """JSON that is torn, deep or of another kind, and files that are not text, ended in tracebacks."""
+    """JSON that is torn, deep or of another kind, and files that are no text, gave tracebacks."""
     path = tmp_path / "items.jsonl"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -1854,10 +1671,10 @@ def test_item_files(tmp_path):
     """The two kinds of items, and that rows are the same from every kind of file."""
     import datasets
     items = [{"context": "c", "choices": ["a", "b"], "gold": 1}]
-    task, docs = file_task(jsonl(tmp_path / "choices.jsonl.gz", items))
+    task, docs = file_task(write_rows(tmp_path / "choices.jsonl.gz", items))
     assert task is CHOICE_FILE and task.requests(docs[0]) == [("c", " a"), ("c", " b")]
     items = [{"prompt": "p", "answer": " 5", "stop": [";"], "max_tokens": 9}]
-    task, docs = file_task(jsonl(tmp_path / "answers.jsonl", items))
+    task, docs = file_task(write_rows(tmp_path / "answers.jsonl", items))
     assert task is GENERATE_FILE
     assert task.requests(docs[0]) == [("p", {"until": [";"], "max_gen_toks": 9})]
     assert task.score(docs[0], [" 5 ; 6"]) == {"exact_match": 1.0}
@@ -1871,12 +1688,17 @@ def test_item_files(tmp_path):
 
 
 def test_named_tasks_come_before_files(tmp_path, monkeypatch):
-    """A folder or a file called like a task hid it; other files need no ending."""
+    """A folder or a file called like a task hid it; the paper's short names are known too."""
+    assert len(TASKS) == 19 and TASKS["arcc"] is TASKS["arc_challenge"]
+    for name in "ArcC ArcE BQ CQ HS OBA PIQA WG GSM8K MQ HE MBPP SWDE SAMSum TREC EC MK PM".split():
+        assert len(TASKS[name].paper) == 3
+    with pytest.raises(UserError, match="arc_challenge"):
+        TASKS["arc"]
     monkeypatch.chdir(tmp_path)
     args = types.SimpleNamespace(docs=None, shot_docs=None, shots=None, allow_code_execution=False)
     (tmp_path / "gsm8k").mkdir()
     for name in ("PM", "items"):
-        jsonl(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
+        write_rows(tmp_path / name, [{"context": "c", "choices": ["a", "b"], "gold": 1}])
     for name, task in (("gsm8k", TASKS["gsm8k"]), ("PM", TASKS["pubmedqa"]),
                        ("items", CHOICE_FILE), ("./PM", CHOICE_FILE)):
         assert evaluation.find_task(name, args) is task
@@ -1886,8 +1708,7 @@ def test_named_tasks_come_before_files(tmp_path, monkeypatch):
 
 @needs_shared
 def test_pubmedqas_official_split_is_made_again(monkeypatch):
-    """The Hub has the labelled rows unsplit: in their original order they give the official test
-    set, item by item; in another order that is said, with the flags that work."""
+    """The Hub's unsplit rows would give another test set than the official one, silently."""
     import datasets
     search, test = (load_docs(TASKS["PM"], "", SHARED / f"data/pubmedqa/{name}.jsonl")
                     for name in ("validation", "test"))
@@ -1943,19 +1764,16 @@ def test_search_is_never_what_is_reported(hub, tmp_path):
     assert (len(search), len(report)) == (15, 20)
     assert not {doc["prompt"] for doc in search} & {doc["prompt"] for doc in report}
     docs = [dict(BOOLQ, question=str(i)) for i in range(300)]       # 50 are in both files
-    one, two = jsonl(tmp_path / "1.jsonl", docs[:200]), jsonl(tmp_path / "2.jsonl", docs[150:])
+    one = write_rows(tmp_path / "1.jsonl", docs[:200])
+    two = write_rows(tmp_path / "2.jsonl", docs[150:])
     search, report, notes = split_docs(TASKS["boolq"], one, two)
     assert search == docs[:150] and len(report) == 150 and "50" in notes[1]
     with pytest.raises(UserError, match="also reported"):
         split_docs(TASKS["boolq"], one, one)
-
-
-def test_paper_splits_leak_and_say_so(hub):
-    """The paper's reading is for comparison alone, so its result must not pass for a clean one."""
-    for name, size in (("boolq", 60), ("HE", 40)):
+    for name, size in (("boolq", 60), ("HE", 40)):      # as the paper may be read, for comparison
         search, report, notes = split_docs(TASKS[name], paper_splits=True)
         assert search == report and len(report) == size and "leaks" in notes[0]
-    for name in ("ArcE", "gsm8k"):  # the paper's reading of these does not leak
+    for name in ("ArcE", "gsm8k"):                      # the paper's reading of these has no leak
         assert split_docs(TASKS[name], paper_splits=True) == split_docs(TASKS[name])
 
 
@@ -1981,20 +1799,6 @@ def test_shots():
         TASKS["MathQA"].requests(MATHQA, [unsolved])
 
 
-def test_no_hub(monkeypatch):
-    """Without the Hub one sentence says which file does, with which fields."""
-    import datasets
-
-    def gated(*args, **kwargs):
-        raise ConnectionError("Couldn't reach it\nand more")
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(UserError) as caught:
-        load_docs(TASKS["PM"], "test")
-    for word in ("qiaojin/PubMedQA", "--docs", "CONTEXTS, QUESTION, final_decision", "log in",
-                 "reach it and more"):
-        assert word in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------------
 # eval.py: generated programs
 
@@ -2003,11 +1807,8 @@ HOSTILE = {
     "endless loop": "while True: pass",
     "deaf": "import signal\nfor i in range(1, 65):\n    try: signal.signal(i, signal.SIG_IGN)\n"
             "    except (OSError, ValueError): pass\nwhile True: pass",
-    "10 GB": "bytearray(10 * 2**30)",
     "10 GB, bit by bit": "x = []\nwhile True: x.append(bytearray(2**26))",
     "1 GB printed": "for _ in range(1024): print('x' * 2**20)",
-    "1 GB to stderr": "import os\nfor _ in range(1024):\n    try: os.write(2, b'x' * 2**20)\n"
-                      "    except OSError: pass",
     "1 GB file": "with open('big', 'wb') as file:\n"
                  "    for _ in range(1024): file.write(bytes(2**20))",
     "kill parent": "import os; os.kill(os.getppid(), 9)",
@@ -2028,7 +1829,6 @@ HOSTILE = {
     "become root": "import posix; posix.setuid({other})",
     "secret": "open({home!r} + '/secret').read()",
     "own home": "import os; os.listdir(os.path.expanduser('~'))[0]",
-    "stdin": "input()",
     "stdin, really": "import os; os.read(0, 1)",
     "exit": "import sys; sys.exit(0)",
     "exit, really": "import os; os._exit(0)",
@@ -2073,11 +1873,11 @@ def fenced_processes(folder):
 
 
 @linux
-@pytest.mark.parametrize("kind, name", [
-    (kind, name) for kind in (evaluation.NAMESPACES, evaluation.OTHER_USER) for name in HOSTILE
-    if kind == evaluation.NAMESPACES or name not in OPEN_TO_OTHER_USER], indirect=["kind"])
+@pytest.mark.parametrize("name", fast(HOSTILE, "kill all, really", "exit, really"))
 def test_hostile_program(tmp_path, monkeypatch, name, kind):
     """Without it a program that a model wrote harms the machine, or counts as a right answer."""
+    if kind == evaluation.OTHER_USER and name in OPEN_TO_OTHER_USER:
+        pytest.skip("another user may do that")
     home = tmp_path / "home"
     home.mkdir()
     (home / "secret").write_text("secret")
@@ -2111,10 +1911,14 @@ def test_hostile_program(tmp_path, monkeypatch, name, kind):
 
 
 @linux
-def test_nothing_survives(kind, tmp_path):
-    """Without it processes that a program detached run on after its verdict, or delay it."""
+def test_fence_keeps_what_programs_need(kind, tmp_path):
+    """Right answers would fail, verdicts change from run to run, detached processes run on."""
     program = """
-import os, posix, time
+import decimal, json.tool, multiprocessing, os, posix, time
+for path in ("x", os.path.expanduser("~/z"), os.devnull): open(path, "w").write("y")
+assert open("x").read() == "y" and __name__ == "builtins"
+print("hello")
+x = '\\ud800'
 for _ in range(3):
     if posix.fork() == 0:
         try: os.setsid()
@@ -2123,21 +1927,7 @@ for _ in range(3):
         time.sleep(300)
 time.sleep(0.2)
 """
-    assert run_program(program, 60.0, kind).passed
-    assert not fenced_processes(tmp_path)
-
-
-@linux
-def test_fence_keeps_what_programs_need(kind):
-    """Without it right answers fail, or the same program passes in one run and not in the next."""
-    program = """
-import decimal, json.tool, multiprocessing, os
-for path in ("x", os.path.expanduser("~/z"), os.devnull): open(path, "w").write("y")
-assert open("x").read() == "y" and __name__ == "builtins"
-print("hello")
-x = '\\ud800'
-"""
-    assert run_program(program, 30.0, kind).passed
+    assert run_program(program, 60.0, kind).passed and not fenced_processes(tmp_path)
     assert not run_program("x = '\ud800'", 30.0, kind).passed
     if kind == evaluation.NAMESPACES:
         assert run_program("import numpy; assert numpy.ones(3).sum() == 3", 30.0, kind).passed
@@ -2167,8 +1957,7 @@ def test_no_fence_no_programs(kind, tmp_path, monkeypatch):
 
 @linux
 def test_code_scores():
-    """Without it a model's programs run although nobody allowed that, or other programs run than
-    lm-evaluation-harness runs."""
+    """A model's programs would run without leave, or other programs than the harness runs."""
     doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
     humaneval, mbpp, shot = TASKS["HE"], TASKS["mbpp"], MBPP_SHOTS[1]
     for task, item in ((humaneval, doc), (mbpp, shot)):
@@ -2223,8 +2012,7 @@ def test_greedy_equals_a_brute_force():
 
 
 def test_greedy_on_a_table_with_a_known_answer():
-    """Without it, brute force and search could share a misreading of the paper, or compare
-    0.95 * 0.6 and 0.1 + 0.2 by their last bits."""
+    """Brute force and search could share a misreading, or compare 0.95 * 0.6 by its last bits."""
     scores = {(): 0.80, (0,): 0.70, (1,): 0.80, (2,): 0.80, (0, 1): 0.79, (1, 2): 0.78,
               (0, 1, 2): 0.50}
     search = table_search(scores.get, 3, max_drop=0.05)
@@ -2274,35 +2062,8 @@ def searches(lab, runs):
     """A finished search through all layers with each mixer: {mixer: its directory}."""
     folders = {attn: lab / f"all-{attn}" for attn in MIXERS}
     for attn, folder in folders.items():
-        process = start(replace_command(lab, runs[attn], folder, all=True))
-        assert process.communicate() and process.returncode == 0
+        run_main(replace_command(lab, runs[attn], folder, all=True))
     return folders
-
-
-@needs_shared
-@pytest.mark.slow
-@pytest.mark.parametrize("name, attn", (("recall", "gdn"), ("cloze", "jet")))
-def test_search_on_the_real_model_equals_a_brute_force(name, attn, tmp_path):
-    """Without it, shared layers or batches could change a score of a real model by a bit."""
-    model, tokenizer = evaluation.load_model(str(STORIES))
-    items, outputs = tmp_path / "items.jsonl", []
-    lines = (SHARED / "data" / "stories" / f"{name}-validation.jsonl").read_text().splitlines()
-    items.write_text("\n".join(lines[:8]) + "\n")
-    task, docs = evaluation.file_task(items)
-    mixers = distill.make_mixers(model, attn, range(5), "inherit", 0)
-    chunks = list(distill.pack((tokenizer.encode(doc["context"]) for doc in docs), 64))
-    distill.solve_o_proj(model, mixers, torch.stack(chunks).chunk(2))    # even and odd batches
-    split = evaluation.Prepared(task, docs, model, tokenizer, 8)
-    for plain in (False, True):
-        def evaluate(sets):
-            scores = evaluation.evaluate_hybrids(model, split, mixers, sets, plain=plain)
-            outputs.extend(score.outputs for score in scores)
-            return [score.mean() for score in scores]
-
-        search = replace.greedy(evaluate, 5, p_min=0.0, run_all=True)
-    assert outputs[:16] == outputs[16:]
-    found = [(step.layer, step.score) for step in search.steps], list(search.best)
-    assert brute_force(naive_table(model, tokenizer, mixers, items), 5, 0.0)[:2] == found
 
 
 def naive_table(model, tokenizer, mixers, path):
@@ -2315,8 +2076,7 @@ def naive_table(model, tokenizer, mixers, path):
 
 @pytest.mark.parametrize("attn", MIXERS)
 def test_search_equals_a_brute_force_from_scratch(lab, runs, searches, attn):
-    """Without it, result.json or the saved models could differ from Algorithm 1's, and an
-    evaluation could be run twice."""
+    """result.json or the saved models could differ from Algorithm 1's."""
     (result, cost), rows = result_of(searches[attn]), journal_of(searches[attn])
     model, tokenizer = load_lab_model(lab)
     table = naive_table(model, tokenizer, distill.load_blocks(str(runs[attn]), model),
@@ -2354,40 +2114,45 @@ def test_steps_carry_their_statistics(searches):
 
 
 @pytest.mark.slow
-def test_killed_search_gives_the_same_result(lab, runs, tmp_path):
-    """Without it, kill -9 could lose an evaluation or change the result."""
-    make = lambda name: replace_command(lab, runs["gdn"], tmp_path / name, all=True)
-    killed_at_random(make, seed=1)
-    assert result_of(tmp_path / "whole")[0] == result_of(tmp_path / "killed")[0]
-    assert journal_of(tmp_path / "whole") == journal_of(tmp_path / "killed")
+@pytest.mark.parametrize("phase", (1, 2))
+def test_kill_9_changes_nothing(phase, lab, runs, tmp_path):
+    """Work would be lost, or the result be another one, after kills at random moments."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    if phase == 2:
+        make_command = lambda out: replace_command(lab, runs["gdn"], out, all=True)
+        killed_at_random(make_command, whole, killed)
+        assert result_of(whole)[0] == result_of(killed)[0]
+        assert journal_of(whole) == journal_of(killed)
+        return
+    killed_at_random(lambda out: distill_command(lab, out, attn="jet", tokens=40000, resume=True),
+                     whole, killed)
+    assert_same_layers(whole, killed)
+    assert distill.read_run(whole)["held_out"] == distill.read_run(killed)["held_out"]
+    assert log_rows(whole) == log_rows(killed) and not list(killed.glob("*checkpoint*"))
 
 
-def test_journal_cut_at_any_byte_is_taken_up(lab, runs, searches, tmp_path, monkeypatch, capsys):
+def test_journal_cut_at_any_byte_is_taken_up(lab, runs, searches, tmp_path, script):
     """Without it, a line that a kill cut off could end every later run."""
     journal = (searches["gla"] / "search.jsonl").read_bytes()
     words = replace_command(lab, runs["gla"], tmp_path, all=True)
     for cut in [0, *random.Random(0).sample(range(len(journal)), 3)]:
         (tmp_path / "search.jsonl").write_bytes(journal[:cut])
-        assert call(words, monkeypatch, capsys)[0] == 0
+        script(words)
         assert result_of(tmp_path)[0] == result_of(searches["gla"])[0]
 
 
 @pytest.mark.parametrize("change", (dict(batch_size=4), dict(limit=20), dict(metric="acc_norm"),
                                     dict(dtype="bfloat16")))
-def test_a_journal_of_other_settings_is_refused(lab, runs, searches, monkeypatch, capsys, change):
+def test_a_journal_of_other_settings_is_refused(lab, runs, searches, script, change):
     """Without it, scores of two settings would be mixed in one search."""
     before = (searches["gdn"] / "search.jsonl").read_bytes()
-    words = replace_command(lab, runs["gdn"], searches["gdn"], **change)
-    code, _, err = call(words, monkeypatch, capsys)
-    assert code == 2 and "another search" in err
+    script(replace_command(lab, runs["gdn"], searches["gdn"], **change), 2, "another search")
     assert (searches["gdn"] / "search.jsonl").read_bytes() == before
 
 
-def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, monkeypatch, capsys):
+def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, script):
     """Without it, --layers could search, or stop at P_min."""
-    code, result, err = call(replace_command(lab, runs["jet"], tmp_path, layers="0,2-3", p_min=1),
-                             monkeypatch, capsys)
-    assert code == 0, err
+    result, _ = script(replace_command(lab, runs["jet"], tmp_path, layers="0,2-3", p_min=1))
     assert result["opt"]["layers"] == result["best"]["layers"] == result["order"] == [0, 2, 3]
     hybrid, tokenizer = evaluation.load_model(str(tmp_path / "opt"))
     assert result["opt"]["test"] == pytest.approx(
@@ -2395,19 +2160,17 @@ def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, monkeypatch, capsy
     assert result["cost"]["evaluations"] == 2 and result["next"].startswith("python eval.py")
 
 
-def test_a_bf16_base_gives_a_bf16_hybrid_with_a_card(lab, runs, tmp_path, monkeypatch, capsys):
-    """Without it, a CPU, which holds bf16 models in fp32, would save fp32 numbers that were never
-    scored; or the card would lack what a user of the model must know."""
+def test_a_bf16_base_gives_a_bf16_hybrid_with_a_card(lab, runs, tmp_path, monkeypatch, script):
+    """A CPU would save fp32 numbers that were never scored; the card would lack what users need."""
     base, opt, warned = tmp_path / "base", tmp_path / "out" / "opt", []
     model, tokenizer = load_lab_model(lab)
     model.bfloat16().save_pretrained(base)
     tokenizer.save_pretrained(base)
     words = replace_command(lab, runs["jet"], tmp_path / "out", model=base, layers="1-2")
-    code, result, err = call(words, monkeypatch, capsys)
-    assert code == 0, err
+    result, _ = script(words)
     monkeypatch.setattr(transformers.configuration_utils.logger, "warning", warned.append)
     assert {t.dtype for t in load_file(opt / "model.safetensors").values()} == {torch.bfloat16}
-    _, scores, _ = call(command("eval.py", model=opt, task=lab / "test.jsonl"), monkeypatch, capsys)
+    scores, _ = script(command("eval.py", model=opt, task=lab / "test.jsonl"))
     assert scores["results"][0]["value"] == result["opt"]["test"] and not warned
     card = (opt / "README.md").read_text()
     for text in (f"Layers [1, 2] of `{base}`", "(n = 24)", "(n = 16)", "2601.11667",
@@ -2417,6 +2180,7 @@ def test_a_bf16_base_gives_a_bf16_hybrid_with_a_card(lab, runs, tmp_path, monkey
         assert text in card, text
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
     """Without it, files that may not grow past a limit would end in a traceback or half a file."""
     resource = importlib.import_module("resource")
@@ -2426,7 +2190,7 @@ def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 1 and "Traceback" not in err, err
     assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob(".*.tmp"))
-    assert start(words).wait() == 0
+    finished(words)
     a, b = (load_file(distill.layer_file(p, 3)) for p in (tmp_path / "run", runs["gdn"]))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -2434,54 +2198,28 @@ def test_a_full_disk_loses_nothing(lab, runs, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # The cheap search: what candidates share is run once, and nothing changes by a bit
 
-SEARCHED = {
-    "llama": lambda: transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 5}),
-    "qwen2": lambda: transformers.Qwen2Config(**{**SMALL, "num_hidden_layers": 4}),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=6, n_head=4, n_positions=64, bos_token_id=None,
-        eos_token_id=None),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"} | {"num_hidden_layers": 4}),
-    "gemma3": lambda: transformers.Gemma3TextConfig(        # two kinds of masks, sliding windows
-        **{**SMALL, "num_hidden_layers": 4}, head_dim=16, sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"] * 2),
-    "falcon": lambda: transformers.FalconConfig(            # layers return tuples
-        vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None),
-}
+SEARCHED = {        # what differs; Gemma 3 has two kinds of masks, Falcon's layers return tuples
+    "Llama": dict(num_hidden_layers=5), "Qwen2": {}, "GPT2": dict(num_hidden_layers=6),
+    "GPTNeoX": {}, "Gemma3Text": dict(
+        head_dim=16, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2),
+    "Falcon": {}}
 
 
 OWN_LINEAR = {      # families with linear layers of their own, beside or within softmax layers
-    "qwen3_next": lambda: transformers.Qwen3NextConfig(
-        **{**SMALL, "num_hidden_layers": 4}, head_dim=8, linear_num_value_heads=4,
-        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-    "falcon_h1": lambda: transformers.FalconH1Config(
-        **SMALL, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
-        mamba_chunk_size=8),
-}
+    "Qwen3Next": dict(EXPERTS, num_hidden_layers=4, head_dim=8, linear_num_value_heads=4,
+                      linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
+    "FalconH1": dict(head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+                     mamba_chunk_size=8)}
 
 
-POSITIONS = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4)
-TABLES = {      # families that have no positions past a limit, or others there
-    "gpt2": lambda n: transformers.GPT2Config(**POSITIONS, n_positions=n, eos_token_id=None),
-    "opt": lambda n: transformers.OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=32, max_position_embeddings=n),
-    "gpt_neo": lambda n: transformers.GPTNeoConfig(         # the keys have a table of their own
-        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
-        attention_types=[[["global", "local"], 1]], max_position_embeddings=n, eos_token_id=None),
-    "gptj": lambda n: transformers.GPTJConfig(**POSITIONS, rotary_dim=4, n_positions=n),
-    "codegen": lambda n: transformers.CodeGenConfig(**POSITIONS, rotary_dim=4, n_positions=n),
-    "gpt_bigcode": lambda n: transformers.GPTBigCodeConfig(**POSITIONS, n_positions=n),
-    "mpt": lambda n: transformers.MptConfig(
-        vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=n),
-    "longrope": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
-        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": n // 2,
-        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}),
-    "dynamic": lambda n: transformers.LlamaConfig(**SMALL, max_position_embeddings=n, rope_parameters={
-        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
-}
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=25,
+                short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0])
+TABLES = {      # families that have no positions past 50, or others there
+    "GPT2": {}, "OPT": {}, "GPTNeo": dict(                  # the keys have a table of their own
+        num_hidden_layers=2, window_size=8, attention_types=[[["global", "local"], 1]]),
+    "GPTJ": dict(rotary_dim=4), "CodeGen": dict(rotary_dim=4), "GPTBigCode": {}, "Mpt": {},
+    "Llama, longrope": dict(rope_parameters=LONGROPE), "Llama, dynamic": dict(
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0))}
 
 
 def demo_words(rng, n):
@@ -2524,12 +2262,11 @@ def assert_as_one_by_one(outputs, model, split):
                 assert output.split("t7")[0] == wanted.split("t7")[0]
 
 
-@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("family", fast(TABLES, "GPT2", "Llama, longrope"))
 def test_padding_reaches_no_further_than_the_positions(family):
-    """Requests up to the model's limit, of very different length: in batches as one by one. Past a
-    table of positions is an IndexError; past longrope's border every position's factors change."""
-    limit, rng = 50, random.Random(0)
-    model, tokenizer = random_model(TABLES[family](limit), scale=2.0), distill.demo_tokenizer()
+    """Padding past a table of positions crashes; past longrope's border it changes every score."""
+    limit, rng, tokenizer = 50, random.Random(0), distill.demo_tokenizer()
+    model = random_model(small(family, max_position_embeddings=limit, **TABLES[family]), scale=2.0)
     sizes = ((limit - 1, 2), (3, limit - 4), (limit - 9, 9), (20, 7), (5, 3), (25, 25))
     docs = [{"context": demo_words(rng, n), "gold": 0,
              "choices": [demo_words(rng, m) for m in (m, m - 1, 1)]} for n, m in sizes]
@@ -2544,26 +2281,25 @@ def test_padding_reaches_no_further_than_the_positions(family):
 
 
 @pytest.mark.parametrize("family", OWN_LINEAR)
-def test_base_models_with_linear_layers_of_their_own(family, lab, tmp_path, monkeypatch, capsys):
-    """They are scored, their states forked several times from the same prefixes, which stay as
-    they are; but they are not converted."""
-    model = random_model(OWN_LINEAR[family]())
+def test_base_models_with_linear_layers_of_their_own(family, lab, tmp_path, script):
+    """Their states would be forked wrongly in scoring, or their layers converted."""
+    model = random_model(small(family, **OWN_LINEAR[family]))
     split = search_split(model, "choices", 4)
     assert_as_one_by_one(evaluation.evaluate(model, split).outputs, model, split)
     model.save_pretrained(tmp_path / "model")
     split.tokenizer.save_pretrained(tmp_path / "model")
-    code, result, err = call(command("eval.py", model=tmp_path / "model", task=lab / "val.jsonl"),
-                             monkeypatch, capsys)
-    assert code == 0 and result["linear_layers"] == [], err
-    code, _, err = call(distill_command(lab, tmp_path / "out", model=tmp_path / "model"),
-                        monkeypatch, capsys)
-    assert code == 2 and "cannot be converted" in err and not (tmp_path / "out").exists()
+    result, _ = script(command("eval.py", model=tmp_path / "model", task=lab / "val.jsonl"))
+    assert result["linear_layers"] == []
+    script(distill_command(lab, tmp_path / "out", model=tmp_path / "model"), 2,
+           "cannot be converted")
+    assert not (tmp_path / "out").exists()
 
 
 def search_case(family, attn, kind, batch_size):
     """A random model, its mixers, and a split."""
-    model = random_model(SEARCHED[family](), scale=2.0)
-    init = "random" if family == "falcon" else "inherit"    # its fused layout is not known
+    config = small(family, **{"num_hidden_layers": 4, **SEARCHED[family]})
+    model = random_model(config, scale=2.0)
+    init = "random" if family == "Falcon" else "inherit"    # its fused layout is not known
     return model, shaken_mixers(model, attn, init), search_split(model, kind, batch_size)
 
 
@@ -2579,13 +2315,9 @@ def tokens_through(modules, function):
 
 
 @pytest.mark.parametrize("kind", ("choices", "single", "generate", "whole"))
-@pytest.mark.parametrize("family", [
-    pytest.param(family, marks=[] if family in ("llama", "gemma3") else pytest.mark.slow)
-    for family in SEARCHED])
+@pytest.mark.parametrize("family", fast(SEARCHED, "Llama", "Gemma3Text"))
 def test_every_way_gives_the_same(family, kind):
-    """Otherwise a score depends on how it was computed: with shared layers (equal to --plain bit
-    for bit), shared contexts, batches of any size, or one request after the other without a cache;
-    or the reported cost is not the one that was paid."""
+    """A score would depend on batches, shared layers or contexts; or its cost would be wrong."""
     attn = list(MIXERS)[(list(SEARCHED).index(family) + len(kind)) % 3]
     model, mixers, _ = search_case(family, attn, kind, 1)
     modules, num_layers = (*attention_modules(model), *mixers.values()), len(mixers)
@@ -2613,7 +2345,7 @@ def test_every_way_gives_the_same(family, kind):
 
 def test_a_model_that_cannot_share_is_run_plainly():
     """Layers that hand something past the hidden states to those above are found out."""
-    model, mixers, split = search_case("llama", "gdn", "choices", 4)
+    model, mixers, split = search_case("Llama", "gdn", "choices", 4)
     layers, passed = linear_attn.decoder_layers(model), {}
     mixers[4].o_proj.weight.data.fill_(math.nan)        # a fault of its own, reported as such
     assert evaluation.layers_can_be_shared(model, split, mixers)
@@ -2625,12 +2357,11 @@ def test_a_model_that_cannot_share_is_run_plainly():
     assert not evaluation.layers_can_be_shared(model, split, mixers)
 
 
-def test_benchmark_of_both_phases(monkeypatch, capsys):
+def test_benchmark_of_both_phases(script):
     """Without it, the hours on a GPU could be out of proportion, or the FLOPs miscounted."""
-    code, result, errors = call(["replace.py", "--benchmark", "--device", "cpu", "--limit", "2"],
-                                monkeypatch, capsys)
+    result, errors = script(["replace.py", "--benchmark", "--device", "cpu", "--limit", "2"])
     search, distillation = result["search"], result["distillation"]
-    assert code == 0 and "tokens per second" in errors
+    assert "tokens per second" in errors
     assert search["evaluations"] == 11 and search["items"] == 2
     assert search["plain_layer_tokens"] == 11 * 4 * 2 * 40 > search["layer_tokens"]
     # the FLOPs by hand: q, k, v, o and MLP; the head for one position of each item
@@ -2639,48 +2370,33 @@ def test_benchmark_of_both_phases(monkeypatch, capsys):
         layer, rel=0.01)
     assert search["hours"] == pytest.approx(search["seconds"] * 500 / 2 / 3600)
     assert distillation["hours"] == pytest.approx(1e8 / distillation["tokens_per_second"] / 3600)
-    code, _, errors = call(["replace.py", "--benchmark", "--model", "m"], monkeypatch, capsys)
-    assert code == 2 and "its own model" in errors
+    script(["replace.py", "--benchmark", "--model", "m"], 2, "its own model")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attn, items, batch_size", (
-    ("gdn", "val", 1), ("gla", "val", 8), ("jet", "val", 32), ("jet", "generate", 8)))
-def test_slower_ways_find_the_same(lab, runs, attn, items, batch_size, tmp_path, monkeypatch,
-                                   capsys):
-    """--plain gives the same result.json but for the cost, which is L + sum over rounds of (max C +
-    sum over C of (L - l)) of L (1 + sum of |C|); --whole the same order and accuracies."""
-    found = []
-    for way in ("whole", "plain", "shared"):
-        words = replace_command(lab, runs[attn], tmp_path / way, task=lab / f"{items}.jsonl",
-                                test=lab / f"{items}.jsonl", all=True, batch_size=batch_size,
-                                limit=9, **({} if way == "shared" else {way: True}))
-        code, _, err = call(words, monkeypatch, capsys)
-        assert code == 0, err
-        found.append(result_of(tmp_path / way))
+@pytest.mark.parametrize("attn, items, batch_size", (("gla", "val", 8), ("jet", "generate", 8)))
+def test_slower_ways_find_the_same(lab, runs, attn, items, batch_size, tmp_path, script):
+    """--plain or --whole would give another result.json than the fast way."""
+    found, items = [], lab / f"{items}.jsonl"
+    for way in (dict(whole=True), dict(plain=True), {}):
+        out = tmp_path / str(len(found))
+        script(replace_command(lab, runs[attn], out, task=items, test=items, all=True, limit=9,
+                               batch_size=batch_size, **way))
+        found.append(result_of(out))
     (whole, _), (plain, dear), (shared, cost) = found
     assert shared == plain and cost["layer_tokens"] < dear["layer_tokens"]
+    assert cost["saved"] == pytest.approx(1 - cost["layer_tokens"] / dear["layer_tokens"])
     for key in ("order", "validation", "best", "opt", "test_base"):
         assert shared[key] == whole[key], key
-    if items == "val":
-        full, run, all_layers = set(range(4)), 4, 4
-        for layer in shared["order"]:
-            run += max(full) + sum(4 - l for l in full)
-            all_layers += 4 * len(full)
-            full.remove(layer)
-        assert cost["saved"] == pytest.approx(1 - run / all_layers, rel=1e-9)
-        assert f"{cost['saved']:.1%}" in err and sum(step["ties"] for step in shared["steps"]) > 0
 
 
 # ------------------------------------------------------------------------------------------------
 # The other strategies
 
-def test_strategies_on_one_journal(lab, runs, tmp_path, monkeypatch, capsys):
+def test_strategies_on_one_journal(lab, runs, tmp_path, script):
     """Without it, a strategy could take another order than its own, or score a set again."""
     def run(**flags):
-        code, result, err = call(replace_command(lab, runs["gdn"], tmp_path, all=True, **flags),
-                                 monkeypatch, capsys)
-        assert code == 0, err
+        result, err = script(replace_command(lab, runs["gdn"], tmp_path, all=True, **flags))
         scores = {(row["split"], *row["layers"]): row["score"] for row in journal_of(tmp_path)}
         assert len(scores) == len(journal_of(tmp_path))
         return result, scores, err
@@ -2728,8 +2444,7 @@ def test_linear_probes():
 
 
 def test_impact_scores(lab, monkeypatch):
-    """Without it, the probes could read other states than a prompt's mean attention output; equal
-    modules have an impact of 0."""
+    """The probes could read other states than a prompt's mean attention output."""
     model, split = prepared(lab, "val", batch_size=5)
     mixers, seen = distill.make_mixers(model, "gdn", [0, 1, 2, 3], "inherit", 0), []
     pooled = replace.pooled_outputs(model, mixers, split)
@@ -2864,11 +2579,11 @@ def test_the_papers_numbers():
 # ------------------------------------------------------------------------------------------------
 # Several processes, and one at a time
 
-def test_ranks_share_a_search(lab, runs, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_ranks_share_a_search(lab, runs, tmp_path, script):
     """Two ranks, one of which dies, then three: order, scores and journal of one."""
     words = lambda name: replace_command(lab, runs["gla"], tmp_path / name, all=True, batch_size=2)
-    code, _, err = call(words("one"), monkeypatch, capsys)
-    assert code == 0, err
+    script(words("one"))
     process, journal = start(words("many"), ranks=2), tmp_path / "many" / "search.jsonl"
     while not journal.exists() or len(journal.read_bytes().splitlines()) < 3:
         assert process.poll() is None
@@ -2878,20 +2593,16 @@ def test_ranks_share_a_search(lab, runs, tmp_path, monkeypatch, capsys):
     _, err = process.communicate()
     assert process.returncode != 0
     assert "what was saved before is intact" in err
-    process = start(words("many"), ranks=3)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert len(out.splitlines()) == 1 and json.loads(out)["cost"]["ranks"] == 3
+    assert finished(words("many"), ranks=3)["cost"]["ranks"] == 3
     assert result_of(tmp_path / "one")[0] == result_of(tmp_path / "many")[0]
 
 
-def test_ranks_share_a_distillation(lab, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_ranks_share_a_distillation(lab, tmp_path, script):
     """Two ranks that share each batch give one rank's losses, errors and, nearly, tensors."""
     words = lambda name: distill_command(lab, tmp_path / name, attn="jet")
-    assert call(words("one"), monkeypatch, capsys)[0] == 0
-    process = start(words("many"), ranks=2)
-    out, err = process.communicate()
-    assert process.returncode == 0 and len(out.splitlines()) == 1, err
+    script(words("one"))
+    finished(words("many"), ranks=2)
     for layer in range(4):
         a, b = (load_file(distill.layer_file(tmp_path / n, layer)) for n in ("one", "many"))
         assert all(relative(b[k], a[k]) < 1e-3 for k in a)
@@ -2901,8 +2612,8 @@ def test_ranks_share_a_distillation(lab, tmp_path, monkeypatch, capsys):
         assert numbers(b) == pytest.approx(numbers(a), rel=1e-5)
 
 
-def test_gradients_are_averaged_over_ranks(lab, monkeypatch):
-    """Two ranks with half of a batch each take the step of the whole batch, to 1e-5."""
+def test_gradients_are_averaged_over_ranks(lab, tmp_path, monkeypatch, script):
+    """Two ranks with half of a batch each would not take the step of the whole batch."""
     model, _ = load_lab_model(lab)
     batch, added = tokens(6, 16), []
     monkeypatch.setattr(distill, "CLIP", math.inf)
@@ -2922,17 +2633,13 @@ def test_gradients_are_averaged_over_ranks(lab, monkeypatch):
     shared = step(batch[0::2])
     assert not added and whole[0] == pytest.approx(shared[0].item(), rel=1e-5)
     assert (shared - whole)[1:].norm() < 1e-5 * (whole - start)[1:].norm()
-
-
-def test_work_that_ranks_cannot_divide_is_refused(lab, tmp_path, monkeypatch, capsys):
-    """Unequal parts of a batch would weigh its chunks differently."""
-    monkeypatch.setattr(distill, "world_size", lambda: 2)
-    code, _, err = call(distill_command(lab, tmp_path / "run", batch_size=3), monkeypatch, capsys)
-    assert code == 2 and "not a multiple of the 2 processes" in err
+    script(distill_command(lab, tmp_path / "run", batch_size=3), 2,
+           "not a multiple of the 2 processes")
     assert not (tmp_path / "run").exists()
 
 
-def test_one_run_at_a_time(lab, runs, tmp_path, monkeypatch, capsys):
+def test_one_run_at_a_time(lab, runs, tmp_path, script):
+    """Two runs that write to one folder would mix up their files."""
     import fcntl
     for words in (replace_command(lab, runs["gdn"], tmp_path / "a"),
                   distill_command(lab, tmp_path / "b")):
@@ -2940,26 +2647,23 @@ def test_one_run_at_a_time(lab, runs, tmp_path, monkeypatch, capsys):
         out.mkdir()
         with open(out / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            code, _, err = call(words, monkeypatch, capsys)
-            assert code == 2 and "another run is at work" in err
-        assert call(words, monkeypatch, capsys)[0] == 0
+            script(words, 2, "another run is at work")
+        script(words)
 
 
 # ------------------------------------------------------------------------------------------------
 # Another device: what would fail or wait on a GPU, seen without one
 
-@needs_shared
+@pytest.mark.skipif(not (SHARED / "tools" / "pretend_gpu.py").exists(),
+                    reason="../shared/tools/pretend_gpu.py is not here")
 @pytest.mark.slow
 def test_distillation_on_another_device(lab, tmp_path):
-    """A number made on the CPU among the device's would end it; a step that asks for its losses
-    would wait for the device."""
+    """A tensor left on the CPU would end it; a step that asks for its losses would wait."""
     waits = []
     for steps in (2, 3):
         words = distill_command(lab, tmp_path / str(steps), layers=0, tokens=128 * steps,
                                 device="gpu", dtype="float32")
-        run = subprocess.run(
-            [sys.executable, SHARED / "tools" / "pretend_gpu.py", *map(str, words)], cwd=ROOT,
-            capture_output=True, text=True)
+        run = python(SHARED / "tools" / "pretend_gpu.py", *words)
         assert run.returncode == 0, run.stderr[-3000:]
         counts = run.stderr.split("brought back to the host:")[1]
         waits.append(sum(map(int, re.findall(r"^ *(\d+)  ", counts, re.M))))
@@ -2981,17 +2685,15 @@ def bad(lab, runs, tmp_path_factory):
     (path / "broken.jsonl").write_text(json.dumps(item) + '\n{"')
     (path / "short.jsonl").write_text('{"text": "t1 t2"}\n')
     (path / "file").write_text("")
-    llama = transformers.LlamaConfig(**SMALL)
+    llama = small("Llama")
     for name, config, entries in (
             ("other", llama, {}), ("remote", llama, {"auto_map": {"AutoModelForCausalLM": "o.O"}}),
             ("quantised", llama, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
             ("flash", llama, {"attn_implementation": "flash_attention_2"}),
             ("flex", llama, {"attn_implementation": "flex_attention"}),
-            ("bert", transformers.BertConfig(
-                vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                intermediate_size=32), {}),
-            ("sharing", transformers.Gemma3nTextConfig(
-                **{**SMALL, "num_hidden_layers": 4}, head_dim=8, vocab_size_per_layer_input=64,
+            ("bert", small("Bert"), {}),
+            ("sharing", small(
+                "Gemma3nText", num_hidden_layers=4, head_dim=8, vocab_size_per_layer_input=64,
                 hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2,
                 num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * 4,
                 layer_types=["full_attention"] * 4), {})):
@@ -3009,8 +2711,7 @@ def bad(lab, runs, tmp_path_factory):
         for layer in range(4):
             distill.layer_file(path / name, layer).write_bytes(
                 distill.layer_file(runs["jet"], layer).read_bytes())
-    process = start(replace_command(lab, runs["gdn"], f"{runs['gdn']}-search", layers="1"))
-    assert process.communicate() and process.returncode == 0
+    run_main(replace_command(lab, runs["gdn"], f"{runs['gdn']}-search", layers="1"))
     return path
 
 
@@ -3037,7 +2738,7 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of 
     "no text column": ("distill", dict(text_column="body"), "columns: text"),
     "no such corpus": ("distill", dict(data="{tmp}/none.jsonl"), "none.jsonl"),
     "code without leave": ("eval", dict(task="humaneval"), "--allow-code-execution"),
-    "dataset not at hand": ("eval", dict(task="pubmedqa"), "QUESTION"),
+    "dataset not at hand": ("eval", dict(task="pubmedqa"), "CONTEXTS, QUESTION, final_decision"),
     "shots of a file": ("eval", dict(shots=2), "named task"),
     "shots below zero": ("eval", dict(task="pubmedqa", shots=-1), "no number of examples"),
     "more tokens than fit": ("eval", dict(task="{lab}/generate.jsonl", max_gen_toks=64), "room"),
@@ -3062,15 +2763,17 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of 
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, capsys):
+def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, script):
     """One sentence that names the file or the flag, exit code 2, and nothing is written."""
-    script, flags, says = BAD[name]
+    which, flags, says = BAD[name]
     flags = {key: value.format(lab=lab, tmp=bad, run=runs["gdn"]) if isinstance(value, str) else
              value for key, value in flags.items()}
     monkeypatch.chdir(tmp_path)
-    if script == "eval":
+    for library in ("huggingface_hub.constants", "datasets.config"):     # they would retry, 24 s
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+    if which == "eval":
         words = command("eval.py", **{"model": lab / "model", "task": lab / "val.jsonl", **flags})
-    elif script == "distill":
+    elif which == "distill":
         words = distill_command(lab, **{"out": tmp_path / "out", **flags})
     else:
         words = replace_command(lab, **{"blocks": runs["gdn"], "out": tmp_path / "out", **flags})
@@ -3078,10 +2781,10 @@ def test_bad_input(name, bad, lab, runs, tmp_path, monkeypatch, capsys):
         where = words.index("None")
         del words[where - 1: where + 1]
     before = sorted(runs["gdn"].iterdir())
-    code, result, err = call(words, monkeypatch, capsys)
-    assert code == 2 and result is None and "Traceback" not in err, err
-    sentence, = (line for line in err.splitlines() if line.startswith(f"{script}.py: "))
-    assert says in sentence and sentence == err.strip().splitlines()[-1], err
+    result, err = script(words, 2, says)
+    assert result is None and "Traceback" not in err, err
+    assert [line for line in err.splitlines() if line.startswith(f"{which}.py: ")] == [
+        err.strip().splitlines()[-1]], err
     assert sorted(runs["gdn"].iterdir()) == before
     assert not list(tmp_path.glob("out/layer*")) and not list(tmp_path.glob("out/search.jsonl"))
 
@@ -3098,11 +2801,11 @@ def test_layers_are_numbers_and_ranges():
     (FileNotFoundError(2, "No such file", "a"), False, 2, "No such file: 'a'"),
     (KeyError("n"), False, 2, "KeyError: 'n'"), (ValueError("bad\nflag"), False, 2, "bad flag"),
     (UserError("mend it"), True, 2, "mend it"), (OSError("disk full"), True, 1, "disk full; what"),
-    (FloatingPointError("NaN"), False, 1, "stopped: NaN"), (KeyboardInterrupt(), True, 130, "intact"),
+    (FloatingPointError("NaN"), False, 1, "stopped: NaN"),
+    (KeyboardInterrupt(), True, 130, "intact"),
     (KeyError("n"), True, KeyError, ""), (TypeError("n"), False, TypeError, "")))
 def test_exit_codes(tmp_path, monkeypatch, capsys, error, written, code, says):
-    """2 for bad input, also in a library's words; 1 for a failure during the work; a traceback is
-    left for faults of this program alone."""
+    """A user's mistake would end in a traceback, or a fault of this program in one sentence."""
     def main():
         if written:
             evaluation.write_json(tmp_path / "file", 1)
@@ -3113,125 +2816,119 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, error, written, code, says):
         assert caught.value.code == code and says in capsys.readouterr().err
 
 
-def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, capsys):
-    """eval.py cannot make the demo: it says which script does."""
+def test_a_demo_task_without_the_demo(lab, tmp_path, monkeypatch, script):
+    """README's first command would end in a traceback: it says which script makes the demo."""
     monkeypatch.chdir(tmp_path)
     for words in (["eval.py"], command("eval.py", model=lab / "model", task="copy")):
-        code, _, err = call(words, monkeypatch, capsys)
-        assert code == 2 and "`python distill.py` makes the demo" in err
+        script(words, 2, "`python distill.py` makes the demo")
 
 
-@pytest.mark.parametrize("what", ("loss", "weights"))
-def test_no_checkpoint_holds_what_is_not_finite(lab, what, tmp_path, monkeypatch, capsys):
-    """A loss can be finite and its gradient not. Either way the layer and the step are named, and
-    the checkpoint from before is whole."""
-    train_step, calls = distill.train_step, itertools.count()
+@pytest.mark.parametrize("what, says", (
+    ("loss", "weights of layer 2 are not finite after step 8"),
+    ("weights", "weights of layer 2 are not finite after step 8"),
+    ("teacher", "error of layer 1 is not finite: look for NaN")))
+def test_no_checkpoint_holds_what_is_not_finite(lab, what, says, tmp_path, monkeypatch, script):
+    """NaN of a teacher, a loss or a gradient would spoil the last good checkpoint."""
+    load_model, train_step, calls = distill.load_model, distill.train_step, itertools.count()
 
-    def broken(model, mixers, *args):
+    def load(*args, **kwargs):
+        model, tokenizer = load_model(*args, **kwargs)
+        if what == "teacher":
+            attention_modules(model)[1].o_proj.weight.data[0, 0] = torch.nan
+        return model, tokenizer
+
+    def train(model, mixers, *args):
         losses = train_step(model, mixers, *args)
         if next(calls) == 7:         # a checkpoint follows
             (losses[2] if what == "loss" else mixers[2].v_proj.weight.data[0]).mul_(torch.nan)
         return losses
 
-    monkeypatch.setattr(distill, "train_step", broken)
+    monkeypatch.setattr(distill, "load_model", load)
+    monkeypatch.setattr(distill, "train_step", train)
     monkeypatch.setattr(distill, "CHECKPOINTS", 4)
-    code, _, err = call(distill_command(lab, tmp_path), monkeypatch, capsys)
-    assert code == 1 and "weights of layer 2 are not finite after step 8" in err, err
-    saved = load_file(tmp_path / "checkpoint.safetensors")
-    assert saved and all(tensor.isfinite().all() for tensor in saved.values())
-
-
-def test_a_teacher_with_nan_is_named_before_anything_is_saved(lab, tmp_path, monkeypatch, capsys):
-    """A NaN of the teacher once went into the closed-form start, and from there to a checkpoint."""
-    load_model = distill.load_model
-
-    def damaged(*args, **kwargs):
-        model, tokenizer = load_model(*args, **kwargs)
-        attention_modules(model)[1].o_proj.weight.data[0, 0] = torch.nan
-        return model, tokenizer
-
-    monkeypatch.setattr(distill, "load_model", damaged)
-    code, _, err = call(distill_command(lab, tmp_path), monkeypatch, capsys)
-    assert code == 1 and "error of layer 1 is not finite: look for NaN" in err
-    assert not list(tmp_path.glob("*.safetensors"))
+    script(distill_command(lab, tmp_path), 1, says)
+    saved = [load_file(path) for path in tmp_path.glob("checkpoint.safetensors")]
+    assert len(saved) == (what != "teacher")
+    assert all(tensor.isfinite().all() for file in saved for tensor in file.values())
 
 
 # ------------------------------------------------------------------------------------------------
 # The project itself
 
 SCRIPTS = ("kernels", "linear_attn", "eval", "distill", "replace")
+README = (ROOT / "README.md").read_text()
 
 
-def test_imports_run_one_way():
-    for place, name in enumerate(SCRIPTS):
-        source = (ROOT / f"{name}.py").read_text()
-        for later in SCRIPTS[place:]:
-            assert not re.search(rf"^\s*(from|import) {later}\b", source, re.M), (name, later)
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_kernels_is_free_of_side_effects():
-    """transformers may import a module named kernels: ours says nothing and has no version."""
-    source = (ROOT / "kernels.py").read_text()
-    assert not re.search(r"^__version__", source, re.M)
-    run = subprocess.run([sys.executable, "-c", "import sys, kernels; "
-                          "assert not {'transformers', 'datasets'} & set(sys.modules)"],
-                         cwd=ROOT, capture_output=True, text=True)
+def copy_scripts(path, count=5):
+    """Puts the first `count` of the five files, and nothing else, into a folder."""
+    path.mkdir(exist_ok=True)
+    for name in SCRIPTS[:count]:
+        shutil.copy(ROOT / f"{name}.py", path)
+
+
+@pytest.mark.slow
+def test_imports_run_one_way_and_say_nothing():
+    """A cycle would end copying; transformers may import a module named kernels by itself."""
+    run = python("-c", f"""
+import importlib, sys
+for place, name in enumerate({SCRIPTS}):
+    module = importlib.import_module(name)
+    assert not set({SCRIPTS}[place + 1:]) & set(sys.modules), name
+    assert place or not {{"transformers", "datasets"}} & set(sys.modules)
+    assert place or not hasattr(module, "__version__")
+""")
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-def test_two_files_work_alone(tmp_path):
-    """kernels.py and linear_attn.py copied into another project, as modules and as a package."""
-    for folder in (tmp_path, tmp_path / "package"):
-        folder.mkdir(exist_ok=True)
-        for name in ("kernels.py", "linear_attn.py"):
-            (folder / name).write_bytes((ROOT / name).read_bytes())
-    for module in ("linear_attn", "package.linear_attn"):
-        run = subprocess.run([sys.executable, "-c", f"import {module} as m; print(*m.MIXERS)"],
-                             cwd=tmp_path, capture_output=True, text=True)
-        assert run.stdout.split() == ["gla", "gdn", "jet"], run.stderr
+@pytest.mark.slow
+def test_readmes_copy_examples_run(tmp_path):
+    """Whoever copies a file would find out that it needs more files than README says."""
+    count = 0
+    for block in readme_blocks():
+        used = re.findall(r"^(?:from|import) (kernels|linear_attn|replace)\b", block, re.M)
+        if used and "runs/" not in block:
+            folder, count = tmp_path / str(count), count + 1
+            copy_scripts(folder, max(map(SCRIPTS.index, used)) + 1)
+            run_elsewhere(block, folder)
+    assert count >= 3, "README has a block for a kernel, one for a mixer, one for the greedy loop"
+    copy_scripts(tmp_path / "package", 2)
+    assert run_elsewhere("import package.linear_attn as m; print(*m.MIXERS)", tmp_path) == (
+        "gla gdn jet\n")
 
 
-@pytest.mark.parametrize("script", ("eval", "distill", "replace"))
-def test_help_teaches_and_every_flag_is_read(script):
-    run = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT,
-                         capture_output=True, text=True)
-    assert run.returncode == 0 and f"python {script}.py" in run.stdout
-    sources = "".join((ROOT / f"{s}.py").read_text() for s in ("eval", script))
-    for flag in re.findall(r"--([a-z][\w-]+)", run.stdout.split("options:")[1]):
-        name = flag.removeprefix("no-").replace("-", "_")
-        read = re.search(rf"args\.{name}\b", sources) or (
-            f'"{name}"' in sources.partition('"settings": {k: getattr(args, k)')[2])
-        assert name == "help" or read, flag
-
-
-def test_readme_commands_parse(monkeypatch):
-    """Every `python X.py ...` line of README names a script and flags that exist."""
-    readme = (ROOT / "README.md").read_text()
-    lines = re.findall(r"python (\w+)\.py([^\n#|&`]*)", readme.replace("\\\n", " "))
+def test_readmes_commands_parse_and_help_teaches(monkeypatch, capsys):
+    """A `python X.py ...` line of README could name a script or a flag that does not exist."""
+    lines = re.findall(r"python (\w+)\.py([^\n#|&;`]*)", README.replace("\\\n", " "))
     assert len(lines) >= 5
     for script, flags in lines:
-        if script == "kernels":
-            continue
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
-        module.parse_args()
-    setup = [line for line in readme.splitlines() if "test_all.py" in line and "venv" in line]
+        if script != "kernels":
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+            importlib.import_module(script).parse_args()
+    for script in SCRIPTS[2:]:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args()
+        assert f"python {script}.py" in capsys.readouterr().out
+    setup = [line for line in README.splitlines() if "test_all.py" in line and "venv" in line]
     assert setup and setup[0].strip() in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_as_a_user_runs_it(tmp_path):
-    """No arguments, an empty folder: teacher, distillation, two searches that end differently."""
-    for name in ("kernels", "linear_attn", "eval", "distill", "replace"):
-        (tmp_path / f"{name}.py").write_bytes((ROOT / f"{name}.py").read_bytes())
+    """The paper's claim would not show: two tasks, two searches that end differently."""
+    copy_scripts(tmp_path)
     results = []
     for script in ("distill.py", "replace.py", "eval.py"):
-        run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True,
-                             text=True)
+        run = python(script, cwd=tmp_path)
         assert run.returncode == 0, run.stderr[-2000:]
         results.append(json.loads(run.stdout.splitlines()[-1]))
         assert f"next: {results[-1]['next']}" in run.stderr
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == sorted(
-        ["out", *(f"{n}.py" for n in SCRIPTS)])
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
+        "out", *(f"{name}.py" for name in SCRIPTS)}
     searches = results[1]["results"]
     for name in ("copy", "chain"):
         assert searches[name]["p_base"] >= 0.95 and searches[name]["test_base"] >= 0.95
