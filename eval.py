@@ -1551,11 +1551,18 @@ def prefill(model, ids):
     return cache
 
 
+class HeldState(linear_attn.LinearCacheLayer):
+    """A linear layer's memory that a step reads but does not change."""
+
+    def __setattr__(self, name, value):
+        pass
+
+
 def hold(layer):
     """Let a layer of a cache stay at its length: every new token's keys and values go to the same
     place behind the others, and a linear layer's new state is dropped."""
     if isinstance(layer, linear_attn.LinearCacheLayer):
-        layer.store = lambda *new: None
+        layer.__class__ = HeldState
         return
     length = layer.get_seq_length()
     all_keys, all_values = layer.keys, layer.values = [

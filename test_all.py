@@ -241,9 +241,10 @@ def test_kernels_equal_the_loop(op, dtype):
     elif op == "gated_rms_norm":
         cases = [((2, 5, 3, D, 0), kind) for D in (8, 40, 200) for kind in ("gated", "plain")]
     else:
-        # every two of T, decay, K = V or not, one head or three, with a state or without, meet
+        # Every two of T, decay, K = V or not, one head or three, with a state or without, meet.
+        # But one token of one head without a state: its dq is one product, which may cancel.
         sizes = ((1, 16, 16), (3, 24, 24), (1, 24, 40), (3, 40, 24))
-        cases = [((1, T, *size), ("strongest", "none", "no state")[(i + j) % 3])
+        cases = [((1, T, *size), ("strongest", "none", "no state")[(i + 2 * j) % 3])
                  for (i, T), (j, size) in itertools.product(enumerate(LENGTHS), enumerate(sizes))]
         cases += [((1, T, 1, 8, 8), kind) for T in (1, 65) for kind in ("resets", "mixed")]
         cases += [((2, T, 1, K, 40), "step") for T in (1, 3) for K in (8, 24)]
