@@ -241,9 +241,6 @@ def claim_dir(path, foreign=()):
     return path
 
 
-lock_dir = claim_dir        # its name until distill.py and replace.py take the new one
-
-
 # ------------------------------------------------------------------------------------------------
 # Several processes: torchrun --nproc-per-node N replace.py ...
 
@@ -1692,8 +1689,7 @@ def hybrids_to_time(args, model):
 def throughput(args):
     """Time every context, hybrid and batch -> the result. OUT/throughput.json is written after
     every row, and the rows that it has already are not timed again."""
-    path = make_output_dir(args.out or "out/throughput") / "throughput.json"
-    lock_dir(path.parent)
+    path = claim_dir(args.out or "out/throughput") / "throughput.json"
     model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
     device, vocabulary = model.device, model.get_input_embeddings()
     (contexts, batches), gpu_memory = ON_CPU, None
@@ -1706,11 +1702,8 @@ def throughput(args):
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
     if tables and max(contexts) >= (max_length(model) or math.inf):
         raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
-    try:
+    with blame(f"--blocks, --layers-from and --counts do not go with {args.model}"):
         sets, mixers, kind = hybrids_to_time(args, model)
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--blocks, --layers-from and --counts do not go with {args.model}: "
-                        f"{type(error).__name__}: {error}")
     why_eager = why_not_in_graph(model, mixers)
     result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
               "modules": args.blocks or ("random" if args.attn else "saved"),

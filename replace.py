@@ -32,7 +32,7 @@ from distill import (
     demo_text, demo_tokenizer, load_blocks, make_demo, make_mixers, make_optimizers, peak_memory,
     read_run, teacher_forward, train_step)
 from eval import (
-    DEMO, evaluate_hybrids, fingerprint, gather, load_model, lock_dir, log, prepare, progress, rank,
+    DEMO, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
     search_documents, versions, write_json)
 from kernels import measured_limits
 from linear_attn import KNOWN, UserError, attention_modules, check_savable, replaced, save_hybrid
@@ -763,10 +763,8 @@ def open_search(args):
             raise UserError(f"{name} is a fraction from 0 to 1, not {value:g}.")
     if args.layers and (args.strategy != "greedy" or args.budget):
         raise UserError("--layers names the layers itself; leave --order and --budget out.")
-    out = evaluation.make_output_dir(args.out)
-    if any((out / name).exists() for name in ("distill.json", "config.json")):
-        raise UserError(f"{out} already holds something else; give another --out.")
-    return out, *search_documents(args)
+    return (evaluation.claim_dir(args.out, foreign=("distill.json", "config.json")),
+            *search_documents(args))
 
 
 def candidates_of(args, scores, num_layers, given):
@@ -819,7 +817,6 @@ def run_search(args):
         mixer.to(dtype).to(model.dtype)         # the saved numbers are the ones that are scored
     splits = {name: prepare(task, docs, model, tokenizer, args, searched=name == "validation")
               for name, docs in documents.items()}
-    lock_dir(out)
     scores = Scores(out / "search.jsonl", model, mixers, splits, metric, args)
     candidates, impact = candidates_of(args, scores, num_layers, given)
     steps = []
