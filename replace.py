@@ -125,8 +125,8 @@ def pooled_outputs(model, mixers, prepared):
 
 
 def fit_probe(states, labels, num_classes):
-    """A linear probe: multinomial logistic regression, L2 of strength 1, by L-BFGS in fp64, on
-    states [N, C] standardised by their mean and spread -> logits(states) [N, num_classes]."""
+    """Logistic regression with L2 of strength 1, by L-BFGS in fp64, on states [N, C] standardised
+    by their mean and spread -> logits(states) [N, num_classes]."""
     mean, spread = states.mean(0), states.std(0, correction=0)
     spread = torch.where(spread > 1e-9 * mean.abs(), spread, 1.0)       # a channel may be constant
     weight = torch.zeros(states.shape[1] + 1, num_classes, dtype=torch.float64, requires_grad=True)
@@ -175,9 +175,7 @@ def impact_scores(model, mixers, prepared, seed):
 def spearman(x, y):
     """Rank correlation; equal values share their mean rank. None where one side does not vary."""
     ranks = [[sum(b < a for b in z) + sum(b <= a for b in z) for a in z] for z in (x, y)]
-    if any(len(set(r)) < 2 for r in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(*ranks)[0, 1]) if min(len(set(z)) for z in ranks) > 1 else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -358,7 +356,7 @@ PAPER_TOKENS, PAPER_ITEMS = 100_000_000, 500
 
 
 def linear_flops(module):
-    """FLOPs per token of a module's linear maps, forwards: of attention and recurrences none."""
+    """FLOPs per token of a module's linear maps in a forward."""
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
@@ -758,9 +756,8 @@ def open_search(args):
     for name in ("blocks", "task", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing (see --help).")
-    for name, value in (("--max-drop", args.max_drop), ("--p-min", args.p_min or 0)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is a fraction from 0 to 1, not {value:g}.")
+    if not (0 <= args.max_drop <= 1 and 0 <= (args.p_min or 0) <= 1):
+        raise UserError("--max-drop and --p-min are fractions from 0 to 1.")
     if args.layers and (args.strategy != "greedy" or args.budget):
         raise UserError("--layers names the layers itself; leave --order and --budget out.")
     return (evaluation.claim_dir(args.out, foreign=("distill.json", "config.json")),
@@ -787,13 +784,11 @@ def candidates_of(args, scores, num_layers, given):
 
 
 def correlation_with_greedy(impact, scores):
-    """Spearman's correlation of the impact scores with the order of a greedy search that ran
-    through all layers with the same journal; None without one."""
-    def known(layer_sets):
-        return [scores.known["validation", tuple(sorted(s))]["score"] for s in layer_sets]
-
+    """Spearman's correlation of the impact scores with the order of a greedy search through all
+    layers, if the journal has one; None otherwise."""
     try:
-        steps = greedy(known, len(impact), run_all=True).steps
+        steps = greedy(lambda sets: [scores.known["validation", tuple(sorted(layers))]["score"]
+                                     for layers in sets], len(impact), run_all=True).steps
     except KeyError:
         steps = []
     found = spearman([impact[step.layer]["impact"] for step in steps], range(len(steps)))
@@ -840,6 +835,7 @@ def run_search(args):
     result["cost"] = {"seconds": time.perf_counter() - began, **scores.cost(),
                       "memory": peak_memory(model.device), "device": str(model.device),
                       "ranks": evaluation.world_size(), "versions": versions()}
+    result["cost"]["hours"] = result["cost"]["search_seconds"] * evaluation.world_size() / 3600
     if rank() == 0:
         for name in ("best", "opt"):
             save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
