@@ -598,7 +598,8 @@ def agreement(a, b):
     """Spearman's correlation between the steps at which two searches replaced the layers that both
     replaced."""
     both = [layer for layer in a["order"] if layer in b["order"]]
-    return spearman(list(map(a["order"].index, both)), list(map(b["order"].index, both)))
+    found = spearman(list(map(a["order"].index, both)), list(map(b["order"].index, both)))
+    return found and round(found, 2)
 
 
 def figures(found):
@@ -643,7 +644,8 @@ def figures(found):
         pairs = itertools.product(orders.get("impact", ()), orders.get("greedy", ()))
         for run, first in [(a, b) for a, b in pairs if a["blocks"] == b["blocks"]][:1]:
             impact = [run["impact"][str(layer)]["impact"] for layer in first["order"]]
-            title += f"; Spearman {spearman(impact, range(len(impact)))}"
+            correlation = spearman(impact, range(len(impact)))
+            title += f"; Spearman {correlation and round(correlation, 2)}"
             yield 6, "-".join(key), title, {run["blocks"]: [dict(enumerate(impact, 1))]}, (
                 "step of greedy search"), "impact score"
     for key, tuned in grouped(found["finetune"], lambda run: run["key"][::2],
