@@ -125,8 +125,8 @@ def pooled_outputs(model, mixers, prepared):
 
 
 def fit_probe(states, labels, num_classes):
-    """A linear probe: multinomial logistic regression, L2 of strength 1, by L-BFGS in fp64, on
-    states [N, C] standardised by their mean and spread -> logits(states) [N, num_classes]."""
+    """Logistic regression with L2 of strength 1, by L-BFGS in fp64, on states [N, C] standardised
+    by their mean and spread -> logits(states) [N, num_classes]."""
     mean, spread = states.mean(0), states.std(0, correction=0)
     spread = torch.where(spread > 1e-9 * mean.abs(), spread, 1.0)       # a channel may be constant
     weight = torch.zeros(states.shape[1] + 1, num_classes, dtype=torch.float64, requires_grad=True)
@@ -175,9 +175,7 @@ def impact_scores(model, mixers, prepared, seed):
 def spearman(x, y):
     """Rank correlation; equal values share their mean rank. None where one side does not vary."""
     ranks = [[sum(b < a for b in z) + sum(b <= a for b in z) for a in z] for z in (x, y)]
-    if any(len(set(r)) < 2 for r in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(*ranks)[0, 1]) if min(len(set(z)) for z in ranks) > 1 else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -358,7 +356,7 @@ PAPER_TOKENS, PAPER_ITEMS = 100_000_000, 500
 
 
 def linear_flops(module):
-    """FLOPs per token of a module's linear maps, forwards: of attention and recurrences none."""
+    """FLOPs per token of a module's linear maps in a forward."""
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
@@ -440,17 +438,17 @@ TITLES = {"Table 1": "test score of M_best, and its number of linear layers",
           "Table 2": "test score of M_opt, which keeps 95 % of the validation score",
           "Table 3": "hours of one device", "Table 4": "10 of every 28 layers linear, by order"}
 # Lines differ in marker and dashes, so that they need no colour; the colours are Okabe and Ito's.
-STYLES = [dict(color=color, marker=marker, linestyle=dashes, markersize=size, markerfacecolor="none")
-          for color, marker, dashes, size in zip(
+STYLES = [dict(color=color, marker=marker, linestyle=dashes, markerfacecolor="none")
+          for color, marker, dashes in zip(
               ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"), "os^Dvx",
-              ("-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 3))), (11, 9, 8, 6, 6, 5))]
+              ("-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 3))))]
 
 
 def read_results(folder):
     """{"result": [records], "distill": ..., "unfinished": [folders], "paper": tables}: the result
-    files below `folder` by their names. Every record gets a "key", (model, mixer, task), with ""
-    for what it lacks; a search gets "rows" from all journals that have its settings and modules."""
-    found, journals = {n: [] for n in ("result", "distill", "eval", "throughput", "finetune")}, {}
+    files below `folder` by their names. Every record gets its "path" and a "key" (model, mixer,
+    task), with "" for an absent one; a search also gets its journal's "rows"."""
+    found = {name: [] for name in ("result", "distill", "throughput", "finetune")}
     try:
         path = PAPER
         paper = json.loads(path.read_text())["tables"]
@@ -463,23 +461,20 @@ def read_results(folder):
             run["key"] = (Path(run.get("base_model") or run.get("model", "")).name,
                           run.get("attn") or run.get("mixer") or "",
                           task_name(run.get("task", "")))
-            found[kind].append(run)
             if kind == "result":
-                blocks, path = run["blocks"], path.with_name("search.jsonl")
-                lines = path.read_text().split("\n")[:-1]           # a kill cuts the last one off
-                settings, *rows = map(json.loads, lines)
-                # the modules by their directory, because their digest depends on --layers
-                same = str((run["key"], settings | {"blocks": blocks}))
-                run["rows"] = journals.setdefault(same, {})
-                run["rows"] |= {(row["split"], tuple(row["layers"])): row for row in rows}
+                if run["strategy"] == "greedy" and run["steps"][0]["runner_up"] is None:
+                    continue                                        # scores of --layers, no search
+                path = path.with_name("search.jsonl")
+                lines = path.read_text().split("\n")[1:-1]          # a kill cuts the last one off
+                run["rows"] = {(row["split"], tuple(row["layers"])): row
+                               for row in map(json.loads, lines)}
+            found[kind].append(run)
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); run its command "
                         "again or delete it.")
     unfinished = [path.parent for path in folder.rglob("search.jsonl")
                   if not path.with_name("result.json").exists()]
     unfinished += [run["path"].parent for run in found["distill"] if not run["finished"]]
-    found["result"] = [run for run in found["result"] if run["strategy"] != "greedy"
-                       or run["steps"][0]["runner_up"] is not None]     # --layers has none
     return found | {"paper": paper, "unfinished": sorted(map(str, unfinished))}
 
 
@@ -493,16 +488,6 @@ def scored(run, split, layers):
     """(score in percent, standard error, documents), None where no journal has it."""
     row = run["rows"].get((split, tuple(sorted(layers))))
     return row and (100 * row["score"], 100 * row["stderr"], row["n"])
-
-
-def drop(run):
-    """The drop from the base to M_opt on test, as `scored` but in percent of the base's score; the
-    standard error is of the differences between paired documents."""
-    base, opt = (run["rows"].get(("test", tuple(layers))) for layers in ((), run["opt"]["layers"]))
-    if base and opt and base["score"]:
-        gaps = np.array(base["items"], float) - np.array(opt["items"], float)
-        gaps *= 100 / base["score"]
-        return gaps.mean(), gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5, len(gaps)
 
 
 def speeds(record):
@@ -519,10 +504,6 @@ def our_rows(found):
     def hours(costs, seconds="seconds", n=None):
         return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
 
-    for record in found["eval"]:
-        for row in () if record["linear_layers"] else record["results"]:
-            yield f"Table 1, {record['key'][0]}", task_name(row["task"]), {
-                "base": (100 * row["value"], 100 * row["stderr"], row["n"])}
     rates = {record["key"][:2]: speeds(record).get(2048, {}) for record in found["throughput"]}
     for run in found["result"]:
         (model, attn, task), order = run["key"], run["strategy"]
@@ -542,7 +523,9 @@ def our_rows(found):
         count, at = len(run["opt"]["layers"]), rates.get((model, attn), {})
         if abs(run["p_min"] - 0.95 * run["p_base"]) < SLACK:
             yield f"Table 2, {model}, {attn}", task, {
-                "base": base, "M_opt": opt, "drop, %": drop(run), "layers": (count, None, None),
+                "base": base, "M_opt": opt, "layers": (count, None, None),
+                "drop, %": base and opt and base[0] and (
+                    100 * (1 - opt[0] / base[0]), None, opt[2]),
                 "speed-up at 2,048": {0, count} <= set(at) and (at[count] / at[0], None, None)}
         blocks = [Path(name).resolve() for name in run["blocks"].split(",")]
         costs = [record["cost"] for record in found["distill"] if record["finished"]
@@ -555,10 +538,10 @@ def our_rows(found):
 
 
 def cell(paper=None, ours=()):
-    """One entry of a table: the paper's number, if it prints one, and the mean of ours. The seeds'
-    runs score the same documents, so the mean has about the standard error of one; "spread" is the
-    standard deviation between the "runs" that have the number, out of "of"."""
-    entry = {"paper": paper, "ours": None, "of": len(ours)}
+    """One entry of a table: the paper's number, if it prints one, and the mean of our runs. They
+    score the same documents, so the mean has about the standard error of one run; "spread" is the
+    standard deviation between them."""
+    entry = {"paper": paper, "ours": None}
     ours = [value for value in ours if value]
     if not ours or isinstance(ours[0], str):
         return entry | {"ours": "; ".join(dict.fromkeys(ours)) or None}
@@ -571,21 +554,17 @@ def cell(paper=None, ours=()):
 
 
 def show(entry):
-    """paper / ours ± standard error / difference (runs that have it, their spread)."""
+    """paper / ours ± standard error / difference."""
     text = " / ".join(missing if x is None else x if isinstance(x, str) else f"{x:.3g}"
                       for x, missing in ((entry["paper"], "–"), (entry["ours"], "not run")))
     text += f" ± {entry['stderr']:.2g}" if entry.get("stderr") is not None else ""
-    text += f" / {entry['difference']:+.2g}" if entry.get("difference") is not None else ""
-    if entry.get("spread") or entry.get("runs", entry["of"]) < entry["of"]:
-        text += f" ({entry['runs']} of {entry['of']}, sd {entry['spread']:.2g})"
-    return text
+    return text + (f" / {entry['difference']:+.2g}" if entry.get("difference") is not None else "")
 
 
 def markdown(tables, figures, unfinished):
     """The report's lines."""
-    yield ("Entries: the paper's number / ours ± standard error / difference; –: the paper has none; "
-           "(2 of 3, sd): two of three runs have it, with this standard deviation. Scores in "
-           "percent of n documents.")
+    yield ("Entries: the paper's number (–: it prints none) / ours ± standard error / difference. "
+           "Scores in percent of n documents.")
     for name, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         yield f"\n## {name}: {TITLES[name[:7]]}\n\n| | n | " + " | ".join(columns) + " |"
@@ -615,13 +594,12 @@ def curves(groups):
                    for run in runs] for line, runs in groups.items()}
 
 
-def agreement(runs, others):
+def agreement(a, b):
     """Spearman's correlation between the steps at which two searches replaced the layers that both
-    replaced, the mean over pairs of one run and another."""
-    steps = [[(run["order"].index(layer), other["order"].index(layer))
-              for layer in run["order"] if layer in other["order"]]
-             for run, other in itertools.product(runs, others)]
-    return np.mean([spearman(*zip(*pairs)) if len(pairs) > 1 else np.nan for pairs in steps])
+    replaced."""
+    both = [layer for layer in a["order"] if layer in b["order"]]
+    found = spearman(list(map(a["order"].index, both)), list(map(b["order"].index, both)))
+    return found and round(found, 2)
 
 
 def figures(found):
@@ -653,25 +631,23 @@ def figures(found):
             f"paper's M_best on test, {attn}": [{printed[f"{attn} layers"]: printed[attn]}]
             for attn in mixers if printed}
         yield 3, f"{model}-{task}-score", caption(mixers), lines, layers, score
-        ranks = [f"{a}-{b} {agreement(mixers[a], mixers[b]):.2f}"
+        ranks = [f"{a}-{b} {agreement(mixers[a][0], mixers[b][0])}"
                  for a, b in itertools.combinations(mixers, 2)]
         title = f"{caption(mixers)}; Spearman between orders: {', '.join(ranks) or 'one mixer'}"
         lines = {attn: [dict(enumerate(runs[0]["order"], 1))] for attn, runs in mixers.items()}
         yield 3, f"{model}-{task}-order", title, lines, "step", "layer replaced (first run)"
     for key, orders in grouped(found["result"], lambda run: run["key"],
                                lambda run: run["strategy"]):
-        title, lines, ranks = f"{key[1]}, {caption(orders)}", {}, []
+        title = f"{key[1]}, {caption(orders)}"
         if len(orders) > 1:
             yield 4, "-".join(key), title, curves(orders), layers, score
-        for run, first in itertools.product(orders.get("impact", ()), orders.get("greedy", ())):
-            if run["blocks"] == first["blocks"]:
-                points = {step: run["impact"][str(layer)]["impact"]
-                          for step, layer in enumerate(first["order"], 1)}
-                lines[run["blocks"]] = [points]
-                ranks.append(spearman(list(points), list(points.values())))
-        if lines:
-            title += f"; Spearman {', '.join('undefined' if r is None else f'{r:.2f}' for r in ranks)}"
-            yield 6, "-".join(key), title, lines, "step of greedy search", "impact score"
+        pairs = itertools.product(orders.get("impact", ()), orders.get("greedy", ()))
+        for run, first in [(a, b) for a, b in pairs if a["blocks"] == b["blocks"]][:1]:
+            impact = [run["impact"][str(layer)]["impact"] for layer in first["order"]]
+            correlation = spearman(impact, range(len(impact)))
+            title += f"; Spearman {correlation and round(correlation, 2)}"
+            yield 6, "-".join(key), title, {run["blocks"]: [dict(enumerate(impact, 1))]}, (
+                "step of greedy search"), "impact score"
     for key, tuned in grouped(found["finetune"], lambda run: run["key"][::2],
                               lambda run: (run["mixer"] or "base", run["seed"])):
         run, lines = next(iter(tuned.values()))[0], {}
@@ -734,7 +710,7 @@ def make_report(args):
         draw(path, number, title, *rest)
         drawn[f"Figure {number}"][f"figures/{path.name}"] = title
     rest = {"unfinished": found["unfinished"], "figures": {
-        name: paths or ("not run" if matplotlib else "not drawn") for name, paths in drawn.items()}}
+        name: paths or "not run" if matplotlib else "not drawn" for name, paths in drawn.items()}}
     text = "\n".join(markdown(tables, **rest))
     print(text)
     evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(
@@ -782,9 +758,8 @@ def open_search(args):
     for name in ("blocks", "task", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing (see --help).")
-    for name, value in (("--max-drop", args.max_drop), ("--p-min", args.p_min or 0)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is a fraction from 0 to 1, not {value:g}.")
+    if not (0 <= args.max_drop <= 1 and 0 <= (args.p_min or 0) <= 1):
+        raise UserError("--max-drop and --p-min are fractions from 0 to 1.")
     if args.layers and (args.strategy != "greedy" or args.budget):
         raise UserError("--layers names the layers itself; leave --order and --budget out.")
     return (evaluation.claim_dir(args.out, foreign=("distill.json", "config.json")),
@@ -811,13 +786,11 @@ def candidates_of(args, scores, num_layers, given):
 
 
 def correlation_with_greedy(impact, scores):
-    """Spearman's correlation of the impact scores with the order of a greedy search that ran
-    through all layers with the same journal; None without one."""
-    def known(layer_sets):
-        return [scores.known["validation", tuple(sorted(s))]["score"] for s in layer_sets]
-
+    """Spearman's correlation of the impact scores with the order of a greedy search through all
+    layers, if the journal has one; None otherwise."""
     try:
-        steps = greedy(known, len(impact), run_all=True).steps
+        steps = greedy(lambda sets: [scores.known["validation", tuple(sorted(layers))]["score"]
+                                     for layers in sets], len(impact), run_all=True).steps
     except KeyError:
         steps = []
     found = spearman([impact[step.layer]["impact"] for step in steps], range(len(steps)))
@@ -864,6 +837,7 @@ def run_search(args):
     result["cost"] = {"seconds": time.perf_counter() - began, **scores.cost(),
                       "memory": peak_memory(model.device), "device": str(model.device),
                       "ranks": evaluation.world_size(), "versions": versions()}
+    result["cost"]["hours"] = result["cost"]["search_seconds"] * evaluation.world_size() / 3600
     if rank() == 0:
         for name in ("best", "opt"):
             save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
