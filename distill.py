@@ -1,4 +1,4 @@
-"""Phase 1, blockwise local distillation: one linear module per attention layer (paper, section 3.1).
+"""Phase 1, blockwise local distillation: one linear module per attention layer (section 3.1).
 
     python distill.py                                           # the demo: offline, CPU
     python distill.py --model Qwen/Qwen2.5-1.5B --attn jet --out runs/jet       # the paper's mix
@@ -43,7 +43,8 @@ from eval import (
 from linear_attn import MIXERS
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
-PAPER_MIX = "nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,zjsd/RedStone-QA-oq@0.25"
+PAPER_MIX = ("nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,"
+             "zjsd/RedStone-QA-oq@0.25")
 
 BETAS, FINAL_LR, WARMUP, CLIP = (0.9, 0.95), 0.01, (5, 50), 1.0
 SOLVE_BATCHES, SOLVE_TOKENS = 8, 32     # o_proj is solved on 8 batches, or 32 tokens per feature

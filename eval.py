@@ -4,6 +4,7 @@
     python eval.py --model out/demo/copy/opt --task copy
     python eval.py --model Qwen/Qwen2.5-1.5B --task arc_challenge,pubmedqa
     python eval.py --model M --task items.jsonl --metric acc_norm
+    python eval.py --throughput --model M --blocks runs/jet --layers-from runs/s/result.json
 
 A task is one of the eighteen of the paper, by the names of lm-evaluation-harness (0.4.13) or of
 the paper, scored exactly as the harness scores them; or a file with one JSON object per line:

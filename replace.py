@@ -4,6 +4,7 @@
     python replace.py --model M --blocks runs/gdn --task val.jsonl --test test.jsonl --out runs/s
     python replace.py --model M --blocks runs/gdn --task val.jsonl --layers 4,8,12 --out runs/l
     python replace.py --benchmark               # hours of both phases at the paper's size, on a GPU
+    python replace.py --report runs             # the paper's tables and figures, from results in runs
 
 In every round, each layer that is still softmax attention is tried as its distilled linear module,
 and the layer with the best score on the validation split stays replaced. M_opt is the last model
@@ -187,6 +188,11 @@ def spelled(row):
                      if isinstance(value, (int, float)))
 
 
+def with_errors(found, n):
+    """["0.4140 +- 0.0220 (n = 500)", ...] by split, from what Scores.final returns."""
+    return [f"{found[split]:.4f} +- {found[f'{split}_stderr']:.4f} (n = {n[split]})" for split in n]
+
+
 class Scores:
     """Scores of a model's hybrids by split and linear layers. The journal (search.jsonl) holds the
     settings and then a line per evaluation, on disk before the next evaluation begins."""
@@ -268,7 +274,11 @@ class Scores:
                       "ties": sum(p >= step.score - SLACK for p in rivals.values()),
                       "difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
                       "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
-        log(f"{len(step.layers)} linear: {spelled(found)}")
+        rival = "" if not rivals else (
+            "; runner-up layer {runner_up} with {runner_up_score:.4f}, margin {difference:.4f} +- "
+            "{difference_stderr:.4f}, {ties} ties, {flipped} items flipped".format_map(found))
+        log(f"{len(step.layers)} linear: layer {step.layer}, validation {step.score:.4f} +- "
+            f"{row['stderr']:.4f} (n = {row['n']}){rival}")
         return found
 
     def final(self, layers):
@@ -319,9 +329,6 @@ def model_card(scores, layers, result):
     data = "; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs))
     commands = "\n".join([*(run.get("command", "") for run in runs), evaluation.command_line()])
 
-    def cells(found):
-        return " | ".join(f"{found[split]:.4f} +- {found[f'{split}_stderr']:.4f} (n = {n})"
-                          for split, n in result["n"].items())
     return f"""---
 library_name: transformers
 tags: [distill-then-replace, linear-attention]
@@ -335,8 +342,8 @@ on {data}; the validation split of `{task}` decided which ones are linear.
 
 | {result["metric"]} +- standard error | {" | ".join(result["n"])} |
 |---|{"---|" * len(result["n"])}
-| base | {cells(scores.final(()))} |
-| this model | {cells(scores.final(layers))} |
+| base | {" | ".join(with_errors(scores.final(()), result["n"]))} |
+| this model | {" | ".join(with_errors(scores.final(layers), result["n"]))} |
 
 Load it with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, and its
 tokenizer with `AutoTokenizer` in the same way. It works with transformers {KNOWN} and was made
@@ -845,10 +852,11 @@ def run_search(args):
         if not given:           # --report finds here what each order gave with the same --out
             seed = f"-{args.seed}" if args.strategy == "random" else ""
             write_json(out / f"result-{args.strategy}{seed}.json", result)
-    log(f"{args.task}: {metric}, P_min {found.p_min:.5g}, n {result['n']}")
+    log(f"{args.task}: {metric}, P_min {found.p_min:.4f}")
     for name, layers in (("base", ()), ("M_best", best), ("M_opt", opt)):
-        log(f"  {name}: {spelled(scores.final(layers))}; linear layers {sorted(layers)}")
-    log(f"  {spelled(scores.cost())}: {result['cost']['saved']:.1%} fewer than a plain search")
+        cells = zip(result["n"], with_errors(scores.final(layers), result["n"]))
+        log(f"  {name:6} {', '.join(map(' '.join, cells))}; linear layers {sorted(layers)}")
+    log(f"  {spelled(scores.cost())}")
     return result
 
 
