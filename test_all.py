@@ -1874,11 +1874,14 @@ def fenced_processes(folder):
 
 
 @linux
-@pytest.mark.parametrize("name", fast(HOSTILE, "kill all, really", "exit, really"))
+@pytest.mark.parametrize("kind, name", [
+    pytest.param(kind, *case.values, marks=case.marks)
+    for case in fast(HOSTILE, "kill all, really", "exit, really")
+    for kind in (evaluation.NAMESPACES, evaluation.OTHER_USER)
+    if kind == evaluation.NAMESPACES or case.values[0] not in OPEN_TO_OTHER_USER],
+    indirect=["kind"])
 def test_hostile_program(tmp_path, monkeypatch, name, kind):
     """Without it a program that a model wrote harms the machine, or counts as a right answer."""
-    if kind == evaluation.OTHER_USER and name in OPEN_TO_OTHER_USER:
-        pytest.skip("another user may do that")
     home = tmp_path / "home"
     home.mkdir()
     (home / "secret").write_text("secret")
