@@ -4,7 +4,7 @@
     python replace.py --model M --blocks runs/gdn --task val.jsonl --test test.jsonl --out runs/s
     python replace.py --model M --blocks runs/gdn --task val.jsonl --layers 4,8,12 --out runs/l
     python replace.py --benchmark               # hours of both phases at the paper's size, on a GPU
-    python replace.py --report runs             # the paper's tables and figures, from results in runs
+    python replace.py --report runs             # the paper's tables and figures, from results
 
 In every round, each layer that is still softmax attention is tried as its distilled linear module,
 and the layer with the best score on the validation split stays replaced. M_opt is the last model
