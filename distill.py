@@ -32,14 +32,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from eval import (
     DEMO, DEMO_TASKS, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, blame,
-    claim_dir, command_line, digest, fingerprint, finish, gather, join_ranks, load_model, log,
-    make_output_dir, max_length, parse_layers, positive, progress, rank, read_docs, run_script,
-    versions, world_size, write_atomic, write_json)
+    claim_dir, command_line, digest, fingerprint, finish, gather, join_ranks, layer_file,
+    load_model, log, make_output_dir, max_length, parse_layers, positive, progress, rank, read_docs,
+    read_run, run_script, versions, world_size, write_atomic, write_json, write_lines)
 from linear_attn import MIXERS
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
@@ -326,10 +326,6 @@ def batches(corpus, args, first=0):
 # ------------------------------------------------------------------------------------------------
 # The run directory
 
-def layer_file(out, layer):
-    return Path(out) / f"layer_{layer:03d}.safetensors"
-
-
 def save_tensors(path, tensors, metadata=None):
     """Write a safetensors file, all of it or nothing; `metadata` is {name: string}."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -378,12 +374,6 @@ def write_log(out, event, step, **values):
             os.fsync(file.fileno())
 
 
-def read_run(out):
-    """distill.json of a run directory, or None where there is none."""
-    path = Path(out) / "distill.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def open_run(args, settings):
     """Make or reopen the run directory -> (path, its record). Raises UserError for another run."""
     out = claim_dir(args.out, foreign=("config.json", "result.json", "search.jsonl"))
@@ -397,31 +387,6 @@ def open_run(args, settings):
         if key != "versions" and record.get(key) != value:
             raise UserError(f"{out} belongs to another run: its {key} is {record.get(key)}.")
     return out, record
-
-
-def load_blocks(runs, model, layers=None):
-    """{layer: mixer} from finished runs (directories, comma-separated), in the model's dtype and on
-    its device. Raises UserError for a run that does not fit the model, and for missing layers."""
-    records = {run: read_run(run) for run in runs.split(",")}
-    for run, record in records.items():
-        if record is None or not record["finished"]:
-            raise UserError(f"{run} holds no finished run of distill.py: see its distill.json.")
-        if record["teacher_fingerprint"] != fingerprint(model):
-            raise UserError(f"{run} was distilled from another model, {record['teacher']}.")
-    kinds = {(record["attn"], record["init"]) for record in records.values()}
-    if len(kinds) > 1:
-        raise UserError(f"the runs {runs} hold different mixers or starts; a hybrid takes one.")
-    (attn, init), = kinds
-    attention, mixers = attention_modules(model), {}
-    for layer in range(len(attention)) if layers is None else layers:
-        run = next((run for run, record in records.items() if layer in record["layers"]), None)
-        if run is None:
-            raise UserError(f"{runs} has no module for layer {layer}: see distill.py --layers.")
-        mixer = MIXERS[attn].from_attention(attention[layer], model.config, layer, init, seed=None)
-        with blame(f"{layer_file(run, layer)} does not hold a {attn} module of this size"):
-            mixer.load_state_dict(load_file(layer_file(run, layer)))
-        mixers[layer] = mixer.eval().requires_grad_(False)
-    return mixers
 
 
 # ------------------------------------------------------------------------------------------------
@@ -477,8 +442,7 @@ def make_demo():
     for task, split in itertools.product(DEMO_TASKS, ("validation", "test")):
         files[f"{task}-{split}"] = demo_items(task, 200, rng)
     for name, lines in files.items():
-        write_atomic(DEMO / f"{name}.jsonl", lambda path: path.write_text(
-            "".join(json.dumps(line) + "\n" for line in lines)))
+        write_lines(DEMO / f"{name}.jsonl", lines)
     return DEMO / "teacher"
 
 

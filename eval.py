@@ -207,6 +207,17 @@ def write_json(path, value):
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
+def read_json(path):
+    """The value in a JSON file. Raises UserError if it cannot be read."""
+    with blame(f"cannot read {path}"):
+        return json.loads(Path(path).read_text())
+
+
+def write_lines(path, rows):
+    """A JSON-lines file, written like write_json."""
+    write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
 def digest(*values):
     """A short fingerprint of JSON-able values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -448,6 +459,44 @@ def fingerprint(model):
         sha.update(f"{name}{tuple(tensor.shape)}".encode())
         sha.update(sample.cpu().view(torch.int16).numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+# The modules that distill.py saves in a run directory
+
+def layer_file(out, layer):
+    return Path(out) / f"layer_{layer:03d}.safetensors"
+
+
+def read_run(out):
+    """distill.json of a run directory, or None where there is none. Raises UserError."""
+    path = Path(out) / "distill.json"
+    return read_json(path) if path.is_file() else None
+
+
+def load_blocks(runs, model, layers=None):
+    """{layer: mixer} from finished runs (directories, comma-separated), in the model's dtype and on
+    its device. Raises UserError for a run that does not fit the model, and for missing layers."""
+    records = {run: read_run(run) for run in runs.split(",")}
+    for run, record in records.items():
+        if record is None or not record["finished"]:
+            raise UserError(f"{run} holds no finished run of distill.py: see its distill.json.")
+        if record["teacher_fingerprint"] != fingerprint(model):
+            raise UserError(f"{run} was distilled from another model, {record['teacher']}.")
+    kinds = {(record["attn"], record["init"]) for record in records.values()}
+    if len(kinds) > 1:
+        raise UserError(f"the runs {runs} hold different mixers or starts; a hybrid takes one.")
+    (attn, init), = kinds
+    attention, mixers = attention_modules(model), {}
+    for layer in range(len(attention)) if layers is None else layers:
+        run = next((run for run, record in records.items() if layer in record["layers"]), None)
+        if run is None:
+            raise UserError(f"{runs} has no module for layer {layer}: see distill.py --layers.")
+        mixer = linear_attn.MIXERS[attn].from_attention(
+            attention[layer], model.config, layer, init, seed=None)
+        with blame(f"{layer_file(run, layer)} does not hold a {attn} module of this size"):
+            mixer.load_state_dict(safetensors.torch.load_file(layer_file(run, layer)))
+        mixers[layer] = mixer.eval().requires_grad_(False)
+    return mixers
 
 
 # ------------------------------------------------------------------------------------------------
@@ -993,10 +1042,6 @@ def draw_shots(task, docs, k, pool, searched=False):
             drawn = draw.sample([row for row in pool if other(row)], k)
         return drawn
     return [shots_of(doc) for doc in docs]
-
-
-def _write_lines(path, rows):
-    write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
 
 def demo_file(name, split):
@@ -1673,24 +1718,21 @@ def hybrids_to_time(args, model):
             name for name, kind in linear_attn.MIXERS.items() if kind in kinds)
     found = [list(range(count)) for count in range(len(attention) + 1)]
     if args.layers_from:
-        steps = json.loads(Path(args.layers_from).read_text())["steps"]
+        steps = read_json(args.layers_from)["steps"]
         found = [[], *(step["layers"] for step in steps)]
     sets = {len(layers): layers for layers in found}
     counts = args.counts or sorted({0, max(sets) // 2, max(sets)})
     if not set(counts) <= set(sets):
         raise ValueError(f"--counts can be of {', '.join(map(str, sets))} linear layers")
-    record, mixers = {"attn": args.attn, "init": "random"}, {}
+    kind, layers = args.attn, sorted({layer for count in counts for layer in sets[count]})
     if args.blocks:
-        record = json.loads(Path(args.blocks, "distill.json").read_text())
-        if not record["finished"] or record["teacher_fingerprint"] != fingerprint(model):
-            raise ValueError(f"{args.blocks} is not a finished distillation of {args.model}")
-    for layer in sorted({layer for count in counts for layer in sets[count]}):
-        mixers[layer] = linear_attn.MIXERS[record["attn"]].from_attention(
-            attention[layer], model.config, layer, record["init"]).eval().requires_grad_(False)
-        if args.blocks:
-            file = Path(args.blocks, f"layer_{layer:03d}.safetensors")
-            mixers[layer].load_state_dict(safetensors.torch.load_file(file))
-    return {count: sets[count] for count in counts}, mixers, record["attn"]
+        mixers = load_blocks(args.blocks, model, layers)
+        kind = read_run(args.blocks.split(",")[0])["attn"]
+    else:
+        mixers = {layer: linear_attn.MIXERS[kind].from_attention(
+            attention[layer], model.config, layer, "random").eval().requires_grad_(False)
+            for layer in layers}
+    return {count: sets[count] for count in counts}, mixers, kind
 
 
 @torch.no_grad()
@@ -1720,7 +1762,7 @@ def throughput(args):
               "dtype": str(model.dtype), "versions": versions(),
               "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
               "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH}
-    before = json.loads(path.read_text()) if path.exists() else {**result, "rows": []}
+    before = read_json(path) if path.exists() else {**result, "rows": []}
     rows = before.pop("rows")
     if before != result:
         raise UserError(f"{path} has other settings or versions; give another --out.")
@@ -1865,7 +1907,7 @@ def score_task(name, model, tokenizer, args, path):
     if path:
         rows = [{"place": place_of(doc), "outputs": outputs, **item}
                 for doc, outputs, item in zip(prepared.docs, score.outputs, score.items)]
-        write_atomic(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+        write_lines(path, rows)
         result["items"] = str(path)
     return result
 
@@ -1890,7 +1932,7 @@ def main():
     if args.model is None:
         demo_file("copy", "test")               # refuses where there is no demo
         args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)
-        args.task, following = args.task or ",".join(DEMO_TASKS), "python distill.py"
+        args.task, following = args.task or ",".join(DEMO_TASKS), "python replace.py"
     if args.task is None:
         raise UserError("--task is missing (see --help).")
     names = args.task.split(",")

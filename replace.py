@@ -30,8 +30,8 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from distill import (
-    demo_text, demo_tokenizer, load_blocks, make_demo, make_mixers, make_optimizers, peak_memory,
-    read_run, teacher_forward, train_step)
+    demo_text, demo_tokenizer, make_demo, make_mixers, make_optimizers, peak_memory,
+    teacher_forward, train_step)
 from eval import (
     DEMO, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
     search_documents, versions, write_json)
@@ -210,7 +210,8 @@ class Scores:
             "batch_size": args.batch_size, "limit": args.limit, "whole": args.whole,
             "versions": versions()}
         lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
-        header, *rows = map(json.loads, lines) if lines else [settings]
+        with evaluation.blame(f"{journal} is damaged; delete it, or give another --out"):
+            header, *rows = map(json.loads, lines) if lines else [settings]
         changed = [key for key in settings if header.get(key) != settings[key]]
         if changed:
             raise UserError(f"{journal} was written by another search (other: "
@@ -325,7 +326,7 @@ def save_model(scores, layers, tokenizer, path, dtype, result):
 def model_card(scores, layers, result):
     """README.md of the hybrid with `layers` linear, with its scores beside the base model's."""
     base, task = result["model"], result["task"]
-    runs = [read_run(run) for run in result["blocks"].split(",")]
+    runs = [evaluation.read_run(run) for run in result["blocks"].split(",")]
     data = "; ".join(dict.fromkeys(f"{run['data']} ({run['tokens']:,} tokens)" for run in runs))
     commands = "\n".join([*(run.get("command", "") for run in runs), evaluation.command_line()])
 
@@ -570,16 +571,16 @@ def show(entry):
 
 def markdown(tables, figures, unfinished):
     """The report's lines."""
-    yield ("Entries: the paper's number (–: it prints none) / ours ± standard error / difference. "
-           "Scores in percent of n documents.")
+    yield ("Entries: the paper's number (–: it prints none) / ours ± standard error / "
+           "difference. Scores in percent of n documents.")
     for name, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         yield f"\n## {name}: {TITLES[name[:7]]}\n\n| | n | " + " | ".join(columns) + " |"
         yield "|---" * (len(columns) + 2) + "|"
-        for name, row in rows.items():
+        for place, row in rows.items():
             counts = dict.fromkeys(str(entry["n"]) for entry in row.values() if entry.get("n"))
             shown = [show(row.get(column) or cell()) for column in columns]
-            yield f"| {name} | {', '.join(counts) or '–'} | " + " | ".join(shown) + " |"
+            yield f"| {place} | {', '.join(counts) or '–'} | " + " | ".join(shown) + " |"
     for name, drawn in figures.items():
         yield f"\n## {name}\n"
         yield from [drawn] if isinstance(drawn, str) else [
@@ -815,7 +816,7 @@ def run_search(args):
     check_savable(model)
     num_layers = len(attention_modules(model))
     given = tuple(evaluation.parse_layers(args.layers, num_layers)) if args.layers else ()
-    mixers = load_blocks(args.blocks, model, given or None)
+    mixers = evaluation.load_blocks(args.blocks, model, given or None)
     dtype = evaluation.dtype_to_save(args.model, model, args.dtype)
     for mixer in mixers.values():
         mixer.to(dtype).to(model.dtype)         # the saved numbers are the ones that are scored
@@ -840,7 +841,7 @@ def run_search(args):
         result |= {"impact": impact, "spearman": correlation_with_greedy(impact, scores)}
     result |= {"n": {name: len(split.docs) for name, split in splits.items()},
                "model": args.model, "blocks": args.blocks,
-               "attn": read_run(args.blocks.split(",")[0])["attn"]}
+               "attn": evaluation.read_run(args.blocks.split(",")[0])["attn"]}
     result["cost"] = {"seconds": time.perf_counter() - began, **scores.cost(),
                       "memory": peak_memory(model.device), "device": str(model.device),
                       "ranks": evaluation.world_size(), "versions": versions()}

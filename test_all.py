@@ -960,9 +960,9 @@ def test_layers_apart_equal_layers_together(lab, runs, tmp_path, script):
     assert_same_layers(tmp_path / "a", runs["jet"], [1])
     assert_same_layers(tmp_path / "b", runs["jet"], [0, 2, 3])
     model, _ = load_lab_model(lab)
-    assert len(distill.load_blocks(f"{tmp_path}/a,{tmp_path}/b", model)) == 4
+    assert len(evaluation.load_blocks(f"{tmp_path}/a,{tmp_path}/b", model)) == 4
     with pytest.raises(UserError, match="no module for layer 0"):
-        distill.load_blocks(str(tmp_path / "a"), model)
+        evaluation.load_blocks(str(tmp_path / "a"), model)
 
 
 @pytest.mark.parametrize("attn", MIXERS)
@@ -971,7 +971,7 @@ def test_distillation_learns_and_its_numbers_are_reproducible(lab, runs, attn):
     record = distill.read_run(runs[attn])
     model, _ = load_lab_model(lab)
     before, inputs, outputs = copy.deepcopy(model.state_dict()), {}, {}
-    mixers = distill.load_blocks(str(runs[attn]), model)
+    mixers = evaluation.load_blocks(str(runs[attn]), model)
 
     def keep(module, args, kwargs, output):
         inputs[module.layer_idx], outputs[module.layer_idx] = kwargs["hidden_states"], output[0]
@@ -1425,7 +1425,8 @@ def test_throughput_halves_a_batch_that_does_not_fit(monkeypatch):
 @pytest.mark.parametrize("flags, says", (
     ({}, "takes --blocks, --attn"), (dict(attn="gla", task="copy"), "takes no --task"),
     (dict(attn="gla", counts="9"), "--counts"), (dict(attn="gla", contexts="0"), "--contexts"),
-    (dict(attn="gla", layers_from="nothing"), "--layers-from"), (dict(blocks="nothing"), "--blocks")))
+    (dict(attn="gla", layers_from="nothing"), "cannot read nothing"),
+    (dict(blocks="nothing"), "--blocks")))
 def test_throughput_bad_input(flags, says, lab, tmp_path, monkeypatch, capsys):
     """A flag that does not fit would end in a traceback, or after the timings."""
     code, _, err = call(time_command(lab, tmp_path, **flags), monkeypatch, capsys)
@@ -2083,7 +2084,7 @@ def test_search_equals_a_brute_force_from_scratch(lab, runs, searches, attn):
     """result.json or the saved models could differ from Algorithm 1's."""
     (result, cost), rows = result_of(searches[attn]), journal_of(searches[attn])
     model, tokenizer = load_lab_model(lab)
-    table = naive_table(model, tokenizer, distill.load_blocks(str(runs[attn]), model),
+    table = naive_table(model, tokenizer, evaluation.load_blocks(str(runs[attn]), model),
                         lab / "val.jsonl")
     order, best, opt = brute_force(table, 4, 0.95 * result["p_base"] - 1e-9)
     assert list(zip(result["order"], result["validation"])) == order
@@ -2528,8 +2529,8 @@ def test_report_of_known_results(tmp_path, monkeypatch, capsys):
     assert lines[5]["jet, after"] == [{1: 70, 2: 80}] and lines[5]["base, before"] == [{0: 50}]
     assert lines[6] == {f"{tmp_path}/blocks": [{1: 2, 2: 0, 3: 1}]} and "man -0.5" in titles[6]
     assert lines[4]["greedy"] == 2 * [{0: 80, 1: 80, 2: 75, 3: 40}] and "jet-gla" in titles[3]
-    assert "\n| pubmedqa | 10 | 69.8 / 80 ± 10 / +10 | 72.2 / 90 ± 10 / +18 | 7 / 1 / -6 | 72 / not" in (
-        tmp_path / "report.md").read_text()
+    row = "\n| pubmedqa | 10 | 69.8 / 80 ± 10 / +10 | 72.2 / 90 ± 10 / +18 | 7 / 1 / -6 | 72 / not"
+    assert row in (tmp_path / "report.md").read_text()
     assert all((tmp_path / path).read_bytes()[1:4] == b"PNG"
                for paths in last["figures"].values() for path in paths)
 
@@ -2706,6 +2707,9 @@ def bad(lab, runs, tmp_path_factory):
         (path / name / "config.json").write_text(json.dumps({**saved, **entries}))
     (path / "gguf").mkdir()
     (path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    for name, file in (("torn", "distill.json"), ("journal", "search.jsonl")):
+        (path / name).mkdir()
+        (path / name / file).write_text('{"a":\n')
     for name in ("partial", "foreign"):
         (path / name).mkdir()
         record = distill.read_run(runs["gdn"])
@@ -2732,6 +2736,8 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of 
     "remote code": ("distill", dict(model="{tmp}/remote"), "--trust-remote-code"),
     "blocks of another model": ("replace", dict(model="{tmp}/other"), "another model"),
     "no blocks": ("replace", dict(blocks="{tmp}"), "distill.json"),
+    "torn record": ("replace", dict(blocks="{tmp}/torn"), "torn/distill.json"),
+    "damaged journal": ("replace", dict(out="{tmp}/journal"), "search.jsonl is damaged"),
     "two mixers": ("replace", dict(blocks="{run},{lab}/gla"), "different mixers"),
     "missing layer": ("replace", dict(blocks="{tmp}/partial"), "layer 0"),
     "foreign tensors": ("replace", dict(blocks="{tmp}/foreign"), "does not hold a gdn module"),
