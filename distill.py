@@ -381,8 +381,6 @@ def open_run(args, settings):
     if record is None:
         record = {"finished": False, "command": command_line(), **settings}
         write_json(out / "distill.json", record)
-    elif not args.resume:
-        raise UserError(f"{out} holds a run: add --resume to continue it.")
     for key, value in settings.items():
         if key != "versions" and record.get(key) != value:
             raise UserError(f"{out} belongs to another run: its {key} is {record.get(key)}.")
@@ -569,6 +567,8 @@ def main():
         args.tokens, args.seq_len, args.batch_size = 300_000, 48, 64    # a minute on a CPU
     if args.out is None:
         raise UserError("--out is missing: the directory that this run is to be saved in.")
+    if read_run(args.out) and not args.resume:
+        raise UserError(f"{args.out} holds a run: add --resume to continue it.")
     if args.data is None and Path(args.model).exists():
         raise UserError("--data is missing: a local file with text, or Hub datasets.")
     if args.batch_size % world_size():
