@@ -22,6 +22,7 @@ import ast
 import collections
 import contextlib
 import copy
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -36,6 +37,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -45,7 +47,6 @@ import time
 import timeit
 import warnings
 from collections import namedtuple
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -231,6 +232,15 @@ def versions():
             "python": sys.version.split()[0], "code": digest(code)}
 
 
+def write_directory(path, write):
+    """Like write_atomic, for a directory."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
 def make_output_dir(path):
     """Make the output directory. Raises UserError if that cannot be."""
     with blame("--out must be a directory that can be made"):
@@ -303,11 +313,16 @@ def add_up(tensor):
     return tensor
 
 
-def search_documents(args):
+def search_documents(args, train=False):
     """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
-    task file came without --test}) of replace.py's flags. Raises UserError."""
+    task file came without --test}) of replace.py's flags. With `train`, for distill.py --finetune,
+    the former are the whole train split. Raises UserError."""
     task = find_task(args.task, args)
     metric = check_metric(task, args.metric)
+    if train and task.hub:
+        if task.splits[0] == task.splits[1]:
+            raise UserError(f"{task.name} has one split, so there is nothing to train on.")
+        task = dataclasses.replace(task, splits=("train", task.splits[1]))
     if args.test and (task.hub or args.task in DEMO_TASKS):
         raise UserError("--test goes with a --task that is a file; a named task has its own.")
     if task.hub:
@@ -467,9 +482,9 @@ def layer_file(out, layer):
     return Path(out) / f"layer_{layer:03d}.safetensors"
 
 
-def read_run(out):
-    """distill.json of a run directory, or None where there is none. Raises UserError."""
-    path = Path(out) / "distill.json"
+def read_run(out, name="distill.json"):
+    """The record of a run directory, or None where there is none. Raises UserError."""
+    path = Path(out) / name
     return read_json(path) if path.is_file() else None
 
 
@@ -511,7 +526,7 @@ MODELS = ("Qwen2.5-1.5B", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")
 NEVER = "none of the choices"  # the gold answer of an item that no model can get right
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """One benchmark. The functions take a document; without `choices` the model writes text."""
 
@@ -1006,9 +1021,9 @@ def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=F
     if not clean:
         raise UserError(f"{task.name}: every document to search on is also reported")
     chosen = sample(clean, size, seed)[0]
-    notes = [f"searching on {len(chosen)} of {len(search)} documents, {len(report)} are reported"]
+    notes = [f"{len(chosen)} of {len(search)} documents are used, {len(report)} are reported"]
     if len(clean) < len(search):
-        notes.append(f"left out of the search: {len(search) - len(clean)} that are reported too")
+        notes.append(f"left out: {len(search) - len(clean)} that are reported too")
     if len(chosen) < 100:
         notes.append(f"with {len(chosen)} documents, one is worth {100 / len(chosen):.1f} points: "
                      "layers will tie, and the order found is little more than chance")
@@ -1420,7 +1435,7 @@ def fence():
 # ------------------------------------------------------------------------------------------------
 # Scores, of a model or of several hybrids that share their lower layers
 
-@dataclass
+@dataclasses.dataclass
 class Score:
     """A model's score on a task: the mean of `metric` over n items, and every item's values."""
     metric: str
@@ -1825,7 +1840,8 @@ def is_throughput(args):
 
 def add_task_flags(parser):
     parser.add_argument("--metric", help="report this metric of the task, not its usual one")
-    parser.add_argument("--batch-size", type=positive(int), default=16, help="sequences at a time")
+    parser.add_argument("--batch-size", type=positive(int), default=16,
+                        help="sequences at a time, or in a step of training")
     parser.add_argument("--limit", type=positive(int), help="score only the first N documents")
     parser.add_argument("--docs", help="a named task's documents, as a local .jsonl, .jsonl.gz or "
                         ".parquet file in place of the Hub: those scored, or searched on")
@@ -1838,7 +1854,7 @@ def add_task_flags(parser):
                         help="force a BOS token on or off (default: as the tokenizer does)")
     parser.add_argument("--whole", action="store_true", help="run every context + choice whole, "
                         "as the harness does, in place of a shared context once")
-    parser.add_argument("--seed", type=int, default=0, help="of the search split's draw")
+    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
     parser.add_argument("--allow-code-execution", action="store_true",
                         help="run the programs that the model writes (humaneval, mbpp), each "
                         "behind a fence of limits; a fence, not a jail")
