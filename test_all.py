@@ -392,7 +392,8 @@ chunks = kernels._chunk_kernels
 def spoiled(*inputs):
     (o, state), *rest = chunks(*inputs)
     return (1.1 * o, state * float("nan")), *rest
-kernels._chunk_kernels = spoiled
+kernels._chunk_kernels, cases = spoiled, kernels.check_cases(False)[::4]
+kernels.check_cases = lambda on_gpu: cases
 """ * wrong
     run = python("-c", f"import kernels, sys; sys.argv = ['kernels.py']\n{code}kernels.main()",
                  TRITON_INTERPRET="1", code=wrong)
@@ -1667,7 +1668,7 @@ def test_search_is_never_what_is_reported(tmp_path, monkeypatch):
     search, report, notes = split_docs(TASKS["boolq"])  # the harness scores validation
     assert {doc["question"].split()[0] for doc in search} == {"train"} and len(search) == 500
     assert len(report) == 60 and report[7]["question"] == "validation 7"
-    assert asked == [("aps/super_glue", "boolq", "train"), ("aps/super_glue", "boolq", "validation")]
+    assert asked == [("aps/super_glue", "boolq", split) for split in ("train", "validation")]
     assert search == split_docs(TASKS["boolq"])[0] != split_docs(TASKS["boolq"], seed=1)[0]
     order = [int(doc["question"].split()[1]) for doc in search]
     assert order == sorted(order)
