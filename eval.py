@@ -546,25 +546,22 @@ def forward_flops(module, config, tokens, squares):
         config.num_attention_heads * linear_attn.head_dim_of(config, config))
 
 
-def finish_plan(args, model, mixers, plan, weight_bytes, tokens, token_bytes):
-    """End a --dry-run: print the `plan`, its hours and the memory of one process: the model,
-    `weight_bytes` for each weight of the mixers, and for each of the `tokens` of a forward
-    `token_bytes` and what a layer's matrices put out, about FLOPs / (2 width) numbers."""
+def finish_plan(args, model, mixers, plan, weight_bytes, activations):
+    """End a --dry-run: print the `plan`, its hours, and whether one process has the memory for the
+    model, the mixers at `weight_bytes` per weight, and `activations` (bytes)."""
     device, rate = find_device(args.device), args.dry_run * 1e12 * world_size()
     available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
                  else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    numbers = forward_flops(decoder_layers(model)[0], model.config, 1, 0) // (
-        2 * model.config.get_text_config(decoder=True).hidden_size)
     weights = sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
     memory = {"model": model.num_parameters() * model.dtype.itemsize,
-              "mixers": int(weight_bytes * weights),
-              "activations": tokens * (numbers * model.dtype.itemsize + token_bytes)}
+              "mixers": round(weight_bytes * weights), "activations": activations}
     needed = sum(memory.values())
-    plan |= {"hours": plan["flops"] / rate / 3600 if rate else None, "bytes": memory}
+    plan |= {"hours": plan["flops"] / rate / 3600 if rate else None, "bytes": memory,
+             "needed": needed, "available": available, "fits": needed <= available}
     log("\n".join(f"{key}: {value}" for key, value in plan.items()))
-    log(f"this will {'' if needed <= available else 'not '}fit: it needs {needed / 2**30:.2f} GiB, "
-        f"and {args.device} has {available / 2**30:.2f} GiB")
-    finish({**plan, "needed": needed, "available": available, "fits": needed <= available})
+    log(f"this will {'' if plan['fits'] else 'not '}fit: it needs {needed / 2**30:.2f} GiB, and "
+        f"{args.device} has {available / 2**30:.2f} GiB")
+    finish(plan)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -862,7 +862,8 @@ def run_search(args):
 
 def plan(args):
     """--dry-run: the most that a search may run, with gdn where --blocks holds no run yet. Greedy
-    search shares least if the last layers go first. Memory: each layer's output and cache."""
+    search shares least if the last layers go first. Memory: for each token of a batch and channel 3
+    numbers per layer, for outputs and caches, and 25 for the layer that runs (fitted on a CPU)."""
     if args.model is None or args.task is None:
         raise UserError("--dry-run needs a --model and a --task.")
     task, _, documents = search_documents(args)
@@ -872,8 +873,8 @@ def plan(args):
     num_layers, known, cost = len(attention_modules(model)), set(), collections.Counter()
     given = tuple(evaluation.parse_layers(args.layers, num_layers)) if args.layers else ()
     run = args.blocks and evaluation.read_run(args.blocks.split(",")[0])
-    run = run or {"attn": "gdn", "init": "inherit"}
-    mixers = make_mixers(model, run["attn"], range(num_layers), run["init"], args.seed)
+    attn, init = (run["attn"], run["init"]) if run else ("gdn", "inherit")
+    mixers = make_mixers(model, attn, range(num_layers), init, args.seed)
 
     def evaluate(layer_sets):
         new = {tuple(sorted(layers)) for layers in layer_sets} - known
@@ -887,11 +888,11 @@ def plan(args):
     candidates, _ = candidates_of(args, SimpleNamespace(validation=evaluate), num_layers, given)
     greedy(evaluate, num_layers, run_all=True, budget=len(given) or args.budget,
            candidates=candidates)
-    longest = max(len(request.tokens) + request.max_new for request in prepared.requests)
+    tokens = args.batch_size * max(len(r.tokens) + r.max_new for r in prepared.requests)
+    numbers = (25 + 3 * num_layers) * mixers[0].q_proj.in_features
     evaluation.finish_plan(args, model, mixers, {
-        "attn": run["attn"], "evaluations": len(known), "tokens": cost["plain"] // num_layers,
-        "flops": cost["flops"]}, model.dtype.itemsize, args.batch_size * longest,
-        2 * num_layers * mixers[0].q_proj.in_features * model.dtype.itemsize)
+        "attn": attn, "evaluations": len(known), "tokens": cost["plain"] // num_layers,
+        "flops": cost["flops"]}, model.dtype.itemsize, tokens * numbers * model.dtype.itemsize)
 
 
 def main():
