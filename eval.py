@@ -365,12 +365,14 @@ def read_config(name):
         return transformers.PreTrainedConfig.get_config_dict(name)[0]
 
 
-def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False):
+def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False,
+               weights=True):
     """(model, tokenizer): the model in eval mode, without gradients, on `device`.
 
     A hybrid saved by replace.py is loaded with the classes of linear_attn.py; with `base_only`
     it is refused, and so is a model that cannot be converted. Raises UserError for anything but a
-    causal language model with a tokenizer, and for a checkpoint that lacks tensors.
+    causal language model with a tokenizer, and for a checkpoint that lacks tensors. Without
+    `weights` (--dry-run) only the config and the tokenizer are read, and the model is on "meta".
     """
     config = read_config(name)
     hybrid = str(config.get("model_type")).startswith(linear_attn.MODEL_TYPE_PREFIX)
@@ -387,23 +389,32 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     load = linear_attn.load_hybrid if hybrid else functools.partial(
-        AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code)
+        AutoModelForCausalLM.from_pretrained if weights else shapes_only,
+        trust_remote_code=trust_remote_code)
     with blame(f"{name} does not load as a causal language model with a tokenizer"
                + (" (load it unquantised, in bf16)" if quantised else "")):
         model, info = load(name, output_loading_info=True, device_map=device_map,
                            dtype=getattr(torch, dtype))
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint has no {min(info['missing_keys'])}")
-        if not (device_map or quantised):           # their parts are where they must be
+        if weights and not (device_map or quantised):   # their parts are where they must be
             model = model.to(device)
         model = model.eval().requires_grad_(False)
-        if model.config.is_encoder_decoder or not is_causal(model):
+        if model.config.is_encoder_decoder or weights and not is_causal(model):
             raise ValueError("a token's prediction depends on later tokens")
         tokenizer = AutoTokenizer.from_pretrained(name, config=model.config,
                                                   trust_remote_code=trust_remote_code)
-    if base_only:
+    if base_only and weights:
         check_replaceable(model)
     return model, tokenizer
+
+
+def shapes_only(name, dtype, trust_remote_code, **unused):
+    """What from_pretrained returns, on the device "meta"."""
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code), {"missing_keys": ()}
 
 
 @torch.no_grad()
@@ -512,6 +523,45 @@ def load_blocks(runs, model, layers=None):
             mixer.load_state_dict(safetensors.torch.load_file(layer_file(run, layer)))
         mixers[layer] = mixer.eval().requires_grad_(False)
     return mixers
+
+
+# What a run costs, by formula
+
+def forward_flops(module, config, tokens, squares):
+    """FLOPs of a forward through a decoder layer, an attention module or a mixer. A token takes 2
+    for each weight of the matrices (of experts [E, out, in], the chosen ones); 4 heads D for each
+    token that softmax attention shows it; and for each number of linear attention's states 5 (GLA:
+    1 to decay, 2 to write, 2 to read) or 7 (2 for S^T k). The tokens from `start` to `end` of a
+    text see (end^2 - start^2) / 2 tokens, and `squares` is the sum of end^2 - start^2. Norms,
+    activations and the limits of sliding windows are not counted."""
+    config = config.get_text_config(decoder=True)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    flops = 2 * tokens * sum(p.numel() if p.dim() < 3 else p[0].numel() * (chosen or len(p))
+                             for p in module.parameters() if p.dim() > 1)
+    for mixer in module.modules():
+        if isinstance(mixer, linear_attn.LinearAttention):
+            rate = 5 if isinstance(mixer, linear_attn.GatedLinearAttention) else 7
+            return flops + rate * tokens * mixer.num_heads * mixer.head_dim ** 2
+    return flops + 2 * squares * (
+        config.num_attention_heads * linear_attn.head_dim_of(config, config))
+
+
+def finish_plan(args, model, mixers, plan, weight_bytes, activations):
+    """End a --dry-run: print the `plan`, its hours, and whether one process has the memory for the
+    model, the mixers at `weight_bytes` per weight, and `activations` (bytes)."""
+    device, rate = find_device(args.device), args.dry_run * 1e12 * world_size()
+    available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+                 else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    weights = sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
+    memory = {"model": model.num_parameters() * model.dtype.itemsize,
+              "mixers": round(weight_bytes * weights), "activations": activations}
+    needed = sum(memory.values())
+    plan |= {"hours": plan["flops"] / rate / 3600 if rate else None, "bytes": memory,
+             "needed": needed, "available": available, "fits": needed <= available}
+    log("\n".join(f"{key}: {value}" for key, value in plan.items()))
+    log(f"this will {'' if plan['fits'] else 'not '}fit: it needs {needed / 2**30:.2f} GiB, and "
+        f"{args.device} has {available / 2**30:.2f} GiB")
+    finish(plan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1482,8 +1532,7 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
 
     The hybrids share their lower layers on each batch, unless `plain`. Several ranks take turns
-    with the batches. Adds to the Counter `cost` the layer-token forwards "run", and "plain", which
-    are those without sharing."""
+    with the batches. Adds search_cost to the Counter `cost`."""
     done = []
     for batch in prepared.batches[rank()::world_size()]:
         done.append(answer_hybrids(model, prepared, mixers, batch, layer_sets, plain))
@@ -1493,7 +1542,7 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     if rank() > 0:
         return None
     if cost is not None:
-        cost.update(layer_tokens(prepared, len(decoder_layers(model)), layer_sets, plain))
+        cost.update(search_cost(model, prepared, mixers, layer_sets, plain))
     outputs = ({i: answer for answers in done for i, answer in answers[layers].items()}
                for layers in layer_sets)
     return [judge(prepared, found, metric, layers, allow_code)
@@ -1508,16 +1557,24 @@ def common_layers(layer_sets, plain=False):
     return first, {layers: 0 if plain else min(set(layers) ^ set(first)) for layers in others}
 
 
-def layer_tokens(prepared, num_layers, layer_sets, plain):
-    """How many layers times tokens are run, and how many without sharing. Padding is not counted,
-    and a generated text counts with its largest length."""
-    _, common = common_layers(layer_sets, plain)
-    rows = [row for batch in prepared.batches for row in batch]
-    rest = sum(tail.length for row in rows for tail in prepared.tails(row))
-    total = sum(row.end for row in rows) + rest
-    shared = total - rest if prepared.task.generates else total
-    full = (1 + len(common)) * num_layers * total
-    return {"run": full - sum(common.values()) * shared, "plain": full}
+def search_cost(model, prepared, mixers, layer_sets, plain):
+    """A Counter of what evaluate_hybrids runs: layers times tokens ("layer_tokens"), the same
+    without sharing ("plain"), and "flops", with the head's where logits are read. Padding is not
+    counted, and a generated text counts with its largest length."""
+    first, common = common_layers(layer_sets, plain)
+    rows, cost = [row for batch in prepared.batches for row in batch], collections.Counter()
+    tails = [tail for row in rows for tail in prepared.tails(row)]
+    full, rest = ((sum(row.length for row in part), sum(row.end**2 - row.start**2 for row in part))
+                  for part in (rows + tails, tails if prepared.task.generates else ()))
+    logits = sum(request.scored + request.max_new for request in prepared.requests)
+    for linear, shared in {first: 0, **common}.items():
+        cost["flops"] += 2 * logits * model.get_output_embeddings().weight.numel()
+        with replaced(model, mixers, linear):
+            for i, layer in enumerate(decoder_layers(model)):
+                run = rest if i < shared else full          # (tokens, squares)
+                cost.update(layer_tokens=run[0], plain=full[0],
+                            flops=forward_flops(layer, model.config, *run))
+    return cost
 
 
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):
