@@ -2301,7 +2301,7 @@ def test_flops_are_those_that_torch_counts(family):
             taps + per_state * mixer.num_heads * mixer.head_dim ** 2)
 
 
-def test_a_dry_run_says_what_a_run_records(lab, runs, searches, tmp_path, script):
+def test_a_dry_run_says_what_a_run_records(lab, runs, searched, tmp_path, script):
     """A plan could promise other costs than a run has, need the weights, or write something."""
     model = shutil.copytree(lab / "model", tmp_path / "model",
                             ignore=lambda *_: ["model.safetensors"])
@@ -2319,7 +2319,7 @@ def test_a_dry_run_says_what_a_run_records(lab, runs, searches, tmp_path, script
         for key in ("evaluations", "tokens", "flops"):
             assert plan[key] == cost[key], (flags, key)
     plan, _ = script(replace_command(lab, tmp_path, tmp_path / "r", model=model, dry_run=True))
-    cost = result_of(searches["gdn"])[1]        # with shared layers the plan is a bound
+    cost = result_of(searched)[1]        # with shared layers the plan is a bound
     assert plan["evaluations"] == cost["evaluations"] and plan["flops"] >= cost["flops"]
     assert not (tmp_path / "d").exists() and not (tmp_path / "r").exists()
 
