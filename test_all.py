@@ -131,11 +131,16 @@ def tokens(*shape, seed=0):
     return torch.randint(2, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def log_likelihood(model, ids, first):
+    """Of ids[first:], without batches, cache or engine. The last token is scored, not read."""
+    logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0]
+    log_probs = logits.double().log_softmax(-1)
+    return sum(log_probs[t - 1, ids[t]].item() for t in range(first, len(ids)))
+
+
 # ------------------------------------------------------------------------------------------------
 # kernels.py: the chunkwise forms against the loops that define them, in fp64
-
-LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130)
-
 
 def worst(ours, exact, inputs):
     """The largest relative RMS error of all outputs and gradients."""
@@ -147,7 +152,8 @@ def worst(ours, exact, inputs):
 def test_chunks_equal_the_loop(op, dtype):
     """A chunkwise form that departs from its loop trains another model than it decodes."""
     kinds = ("mild", "none", "strong", "strongest", "mixed", "resets", "no state")
-    cases = [(op, dtype, (2, T, 2, 16, 24), kind) for T in LENGTHS for kind in kinds]
+    cases = [(op, dtype, (2, T, 2, 16, 24), kind) for kind in kinds
+             for T in (1, 2, 15, 16, 17, 63, 64, 65, 130)]
     cases += [(op, dtype, (2, T, 2, 16, 24), "near keys") for T in (17, 130)]
     cases += [(op, dtype, (2, 70, 2, K, V), "mixed") for K, V in ((8, 8), (64, 40), (40, 136))]
     cases += [(op, dtype, (1, 130, 32, 256, 32), "mixed")]          # several groups of chunks
@@ -994,44 +1000,23 @@ def test_a_short_distillation_does_not_end_worse_than_it_began(
 
 
 def test_schedule_and_clip_are_per_layer(lab):
-    """Warm-up, peak and floor as stated; a layer with a huge loss does not touch another's step."""
+    """Warm-up, peak and floor as stated; a layer with a huge loss does not touch another's step,
+    and only one student's graph is alive at a time, or memory would grow with the layers."""
     for step, steps, rate in ((0, 1000, 1 / 50), (50, 1000, 1), (1000, 1000, 0.01), (0, 1, 1 / 5)):
         assert distill.learning_rate(step, steps, 1.0) == pytest.approx(rate)
     model, _ = load_lab_model(lab)
-    results = []
+    results, events = [], []
     for factor in (1.0, 1e4):
         mixers = distill.make_mixers(model, "gdn", [0, 1], "inherit", 0)
-        with torch.no_grad():
-            mixers[0].o_proj.weight.mul_(factor)
-        losses = distill.train_step(model, mixers, distill.make_optimizers(mixers),
-                                    tokens(2, 16), 1e-3)
+        mixers[0].o_proj.weight.data.mul_(factor)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: events.append("kept") or x, lambda x: events.append("used") or x):
+            losses = distill.train_step(model, mixers, distill.make_optimizers(mixers),
+                                        tokens(2, 16), 1e-3)
         results.append((losses, mixers[1].state_dict()))
     assert results[1][0][0] > 1e3 * results[0][0][0]
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in results[0][1])
-
-
-def test_only_one_students_graph_is_alive(lab):
-    """Memory would grow with the layers if one's forward came before another's backward."""
-    model, events = load_lab_model(lab)[0], []
-    mixers = distill.make_mixers(model, "gdn", range(4), "inherit", 0)
-    with torch.autograd.graph.saved_tensors_hooks(
-            lambda kept: events.append("kept") or kept, lambda kept: events.append("used") or kept):
-        distill.train_step(model, mixers, distill.make_optimizers(mixers), tokens(4, 32), 1e-3)
     assert [event for event, _ in itertools.groupby(events)] == ["kept", "used"] * 4
-
-
-def killed_at_random(make_command, whole, killed):
-    """Runs a script to its end; and again, with kill -9 at two random moments."""
-    run_main(make_command(whole))
-    size = lambda path: sum(file.stat().st_size for file in path.glob("*.jsonl"))
-    for share in (0.3, 0.7):
-        process = start(make_command(killed))
-        while size(killed) < share * size(whole):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
-    run_main(make_command(killed))
 
 
 def test_every_checkpoint_continues_identically(lab, tmp_path, monkeypatch, script):
@@ -1471,8 +1456,6 @@ def test_real_files():
     assert solutions == [{"pass@1": 1.0}] * 4
 
 
-HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": list("wxyz"),
-             "label": "2"}
 WINOGRANDE = {"sentence": "Ann likes Eve because _ is kind_ . ", "option1": "Ann",
               "option2": "Eve", "answer": "2"}
 MATHQA = {"Problem": "p", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "e"}
@@ -1553,7 +1536,7 @@ def test_batches_are_even_and_cut_where_padding_costs_more():
 # ------------------------------------------------------------------------------------------------
 # eval.py: documents
 
-@pytest.mark.parametrize("name, doc, why", [
+@pytest.mark.parametrize("name, content, why", [
     ("arc_easy", dict(ARC, answerKey="C"), "'C' is not in list"),
     ("boolq", dict(BOOLQ, label=-1), "-1 is not one of 2"),
     ("pubmedqa", dict(PUBMED, final_decision="perhaps"), "'perhaps' is not one of 3"),
@@ -1570,26 +1553,25 @@ def test_batches_are_even_and_cut_where_padding_costs_more():
     ("choices", {"context": "c", "choices": ["a", "\ude00b"], "gold": 0}, "surrogates"),
     ("answers", {"prompt": "p", "answer": 5}, "not a text"),
     ("answers", {"prompt": "p", "answer": "5", "stop": "x"}, "list of texts"),
-    ("answers", {"prompt": "p", "answer": "5", "max_tokens": 0}, "positive")])
-def test_bad_documents_are_named(tmp_path, name, doc, why):
-    """A document that cannot be asked or scored would end a run late, or count as wrong."""
-    path = write_rows(tmp_path / "docs.jsonl", [doc])
-    with pytest.raises(UserError, match=f"docs.jsonl line 1: not a document of {name} .*{why}"):
+    ("answers", {"prompt": "p", "answer": "5", "max_tokens": 0}, "positive"),
+    ("items.jsonl", "[1]", "line 1 is not a JSON object"),
+    ("items.jsonl", "\n{", "line 2 is not a JSON object"),
+    ("items.jsonl", "[" * 100_000, "line 1 is not"),
+    ("items.jsonl", '{"a":' * 100_000, "line 1 is not"), ("items.jsonl", "", "no documents"),
+    ("items.jsonl", b"\xff\xfe\x00", "cannot read"), ("items.jsonl", None, "cannot read"),
+    ("items.parquet", None, "cannot read")], ids=lambda x: str(x)[:30])
+def test_bad_documents_are_named(tmp_path, name, content, why):
+    """A document that cannot be asked or scored would end a run late, or count as wrong; files
+    that are torn, deep, of another kind or no text gave tracebacks."""
+    if isinstance(content, dict):
+        path = write_rows(tmp_path / "docs.jsonl", [content])
+        says = f"docs.jsonl line 1: not a document of {name} .*{why}"
+    else:
+        path, says = tmp_path / name, f"{name}.*{why}|{why}.*{name}"
+        if content is not None:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=says):
         load_docs(TASKS[name], "test", path) if name in TASKS else file_task(path)
-
-
-@pytest.mark.parametrize("text, why", [
-    ("[1]", "line 1 is not a JSON object"), ("\n{", "line 2 is not a JSON object"),
-    ("[" * 100_000, "line 1 is not"), ('{"a":' * 100_000, "line 1 is not"), ("", "no documents"),
-    (b"\xff\xfe\x00", "cannot read"), (None, "cannot read")])
-def test_bad_files_are_named(tmp_path, text, why):
-    """JSON that is torn, deep or of another kind, and files that are no text, gave tracebacks."""
-    path = tmp_path / "items.jsonl"
-    if text is not None:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for name in (path, path.with_suffix(".parquet"))[: 2 if text is None else 1]:
-        with pytest.raises(UserError, match=f"{name.name}.*{why}|{why}.*{name.name}"):
-            file_task(name)
 
 
 def test_item_files(tmp_path):
@@ -1962,16 +1944,13 @@ def journal_of(path):
 
 
 def naive_accuracy(model, tokenizer, path):
-    """Accuracy from scratch: one choice at a time, no batches, no engine."""
+    """Accuracy from scratch."""
     hits = []
-    for line in Path(path).read_text().splitlines():
-        item, sums = json.loads(line), []
+    for item in map(json.loads, Path(path).read_text().splitlines()):
         first = len(tokenizer.encode(item["context"]))
-        for choice in item["choices"]:
-            ids = tokenizer.encode(item["context"] + " " + choice)
-            log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            sums.append(sum(log_probs[t - 1, ids[t]].item() for t in range(first, len(ids))))
-        hits.append(sums.index(max(sums)) == item["gold"])
+        scores = [log_likelihood(model, tokenizer.encode(item["context"] + " " + choice), first)
+                  for choice in item["choices"]]
+        hits.append(scores.index(max(scores)) == item["gold"])
     return sum(hits) / len(hits)
 
 
@@ -1983,7 +1962,8 @@ def searched(lab, runs):
 
 
 def test_search_equals_a_brute_force_from_scratch(lab, runs, searched):
-    """result.json or the saved models could differ from Algorithm 1's."""
+    """result.json, the margins to the runner-up or the saved models could differ from what
+    Algorithm 1 finds."""
     (result, cost), rows = result_of(searched), journal_of(searched)
     model, tokenizer = load_lab_model(lab)
     mixers = evaluation.load_blocks(str(runs["gla"]), model)
@@ -2004,17 +1984,12 @@ def test_search_equals_a_brute_force_from_scratch(lab, runs, searched):
         assert scores == [result[name]["validation"], result[name]["test"]]
         assert result[name]["gap"] == scores[0] - scores[1]
     assert len({(row["split"], *row["layers"]) for row in rows}) == len(rows)
-    assert sum(row["split"] == "validation" for row in rows) == 11 == cost["evaluations"]
-
-
-def test_steps_carry_their_statistics(searched):
-    """Without it, the margin to the runner-up could be wrong: here from the journal, by hand."""
-    items, done = {tuple(row["layers"]): torch.tensor(row["items"]) for row in
-                   journal_of(searched) if row["split"] == "validation"}, ()
-    for step in result_of(searched)[0]["steps"]:
-        rivals = {layer: items[tuple(sorted((*done, layer)))] for layer in range(4)
-                  if layer not in done}
-        done = (*done, step["layer"])
+    items = {tuple(row["layers"]): torch.tensor(row["items"]) for row in rows
+             if row["split"] == "validation"}
+    assert len(items) == 11 == cost["evaluations"]
+    for k, step in enumerate(result["steps"]):
+        rivals = {layer: items[tuple(sorted((*result["order"][:k], layer)))]
+                  for layer in result["order"][k:]}
         chosen = rivals.pop(step["layer"])
         assert step["ties"] == sum(rival.sum() == chosen.sum() for rival in rivals.values())
         if rivals:
@@ -2028,13 +2003,22 @@ def test_steps_carry_their_statistics(searched):
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", (1, 2, "fine-tuning"))
 def test_kill_9_changes_nothing(phase, lab, runs, tmp_path):
-    """Work would be lost, or the result be another one, after kills at random moments."""
+    """Work would be lost, or the result be another one, after kills in the middle of the work."""
+    words = {1: lambda out: distill_command(lab, out, attn="jet", tokens=12800, resume=True),
+             2: lambda out: replace_command(lab, runs["gdn"], out, all=True),
+             "fine-tuning": lambda out: finetune_command(lab, lab / "model", out, epochs=30)}[phase]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    killed_at_random({
-        1: lambda out: distill_command(lab, out, attn="jet", tokens=12800, resume=True),
-        2: lambda out: replace_command(lab, runs["gdn"], out, all=True),
-        "fine-tuning": lambda out: finetune_command(lab, lab / "model", out, epochs=30)
-    }[phase], whole, killed)
+    run_main(words(whole))
+    done = lambda path: sum(file.stat().st_size for file in path.glob("*.jsonl"))
+    for share in (0.3, 0.7):
+        process = start(words(killed))
+        while done(killed) < share * done(whole):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+    assert not list(killed.glob("result.json")) + list(killed.glob("layer*"))       # really killed
+    run_main(words(killed))
     if phase == 2:
         assert result_of(whole)[0] == result_of(killed)[0]
         assert journal_of(whole) == journal_of(killed)
@@ -2153,18 +2137,14 @@ def assert_as_one_by_one(outputs, model, split):
     for found, numbers in zip(outputs, split.of_doc):
         for output, request in zip(found, map(split.requests.__getitem__, numbers)):
             ids, first = list(request.tokens), len(request.tokens) - request.scored
-            logits = lambda: model(torch.tensor([ids]), use_cache=False).logits[0].double()
             if request.scored:
-                last = ids.pop()                    # it is scored, not read
-                log_probs = logits().log_softmax(-1)
-                wanted = sum(log_probs[t - 1, token].item()
-                             for t, token in enumerate([*ids[first:], last], first))
-                assert output == pytest.approx(wanted, abs=1e-4)
-            else:
-                for _ in range(request.max_new):
-                    ids.append(logits()[-1].argmax().item())
-                wanted = split.tokenizer.decode(ids[first:])
-                assert output.split("t7")[0] == wanted.split("t7")[0]
+                assert output == pytest.approx(log_likelihood(model, ids, first), abs=1e-4)
+                continue
+            for _ in range(request.max_new):
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                ids.append(logits.argmax().item())
+            wanted = split.tokenizer.decode(ids[first:])
+            assert output.split("t7")[0] == wanted.split("t7")[0]
 
 
 @pytest.mark.parametrize("family", fast(TABLES, "GPT2", "Llama, longrope"))
@@ -2814,6 +2794,12 @@ def all_linear(lab, runs):
     return lab / "linear" / "opt"
 
 
+def requests_to_tune_on(task, docs, model, tokenizer):
+    args = argparse.Namespace(shots=0, limit=None, shot_docs=None, bos=None, whole=False,
+                              batch_size=4, max_gen_toks=None)
+    return distill.solved_requests(task, docs, model, tokenizer, args)
+
+
 @pytest.mark.parametrize("task, example", (
     ("gsm8k", "Question: {question}\nAnswer: {answer}</s>"),
     ("arc_easy", "Question: {question}\nAnswer: {right}"), ("winogrande", "{right} {rest}")))
@@ -2823,9 +2809,7 @@ def test_fine_tuning_reads_what_is_scored(task, example):
     file = next((SHARED / "data" / task).glob("test*" if task == "arc_easy" else "train*"))
     task, (model, tokenizer) = TASKS[task], evaluation.load_model(str(STORIES))
     docs = load_docs(task, None, file)[:3]
-    args = argparse.Namespace(shots=0, limit=None, shot_docs=None, bos=None, whole=False,
-                              batch_size=4, max_gen_toks=None)
-    for doc, request in zip(docs, distill.solved_requests(task, docs, model, tokenizer, args)):
+    for doc, request in zip(docs, requests_to_tune_on(task, docs, model, tokenizer)):
         fields = dict(doc)
         if task.choices:
             fields["right"] = task.choices(doc)[task.right(doc)]
@@ -2839,31 +2823,25 @@ def test_fine_tuning_reads_what_is_scored(task, example):
 def test_fine_tuning_learns_the_answers_alone(lab):
     """The loss would count the prompt's tokens, or depend on how many rows are read at a time."""
     model, tokenizer = load_lab_model(lab)
-    task, docs = file_task(lab / "val.jsonl")
-    args = argparse.Namespace(shots=None, limit=None, shot_docs=None, bos=None, whole=False,
-                              batch_size=4, max_gen_toks=None)
-    requests = distill.solved_requests(task, docs, model, tokenizer, args)
-    losses = []
-    for request in requests:
-        ids, n = torch.tensor([request.tokens]), request.scored
-        losses.append(F.cross_entropy(model(ids).logits[0, -n - 1: -1], ids[0, -n:],
-                                      reduction="none"))
+    requests = requests_to_tune_on(*file_task(lab / "val.jsonl"), model, tokenizer)
+    total = sum(log_likelihood(model, request.tokens, len(request.tokens) - request.scored)
+                for request in requests)
     trained = list(model.requires_grad_(True).parameters())
-    optimizer = torch.optim.SGD(trained)
-    loss = distill.tuning_step(model, trained, optimizer, requests, 0.0, half=False)
-    assert loss["model"].item() == pytest.approx(torch.cat(losses).mean().item())
+    loss = distill.tuning_step(model, trained, torch.optim.SGD(trained), requests, 0.0, half=False)
+    assert loss["model"].item() == pytest.approx(
+        -total / sum(request.scored for request in requests))
 
 
-@pytest.mark.parametrize("train, seed", [("all", 0), ("all", 1), ("all", 2), ("linear", 0)])
-def test_fine_tuning_raises_the_score(lab, all_linear, train, seed, tmp_path, script):
+@pytest.mark.parametrize("train", ("all", "linear"))
+def test_fine_tuning_raises_the_score(lab, all_linear, train, tmp_path, script):
     """Figure 5 would show noise: training documents are learnt by heart, by the base model too;
     --train linear leaves the other weights as they are; eval.py finds the score that was saved."""
-    for model in (lab / "model", all_linear) if train == "all" else (all_linear,):
+    for model in (lab / "model", all_linear)[train == "linear":]:
         out = tmp_path / model.name
-        record, _ = script(finetune_command(lab, model, out, train=train, seed=seed))
+        record, _ = script(finetune_command(lab, model, out, train=train))
         assert record["after"]["score"] > record["before"]["score"] + 0.2
-        words = command("eval.py", model=out / "model", task=lab / "val.jsonl", batch_size=8)
-        found, _ = script(words)
+        found, _ = script(command("eval.py", model=out / "model", task=lab / "val.jsonl",
+                                  batch_size=8))
         assert found["results"][0]["value"] == record["after"]["score"]
         assert found["linear_layers"] == record["linear_layers"]
         assert record["base_model"] == str(lab / "model")
