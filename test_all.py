@@ -2007,7 +2007,7 @@ def test_kill_9_changes_nothing(phase, lab, runs, tmp_path):
     words = {1: lambda out: distill_command(lab, out, attn="jet", tokens=12800, resume=True),
              2: lambda out: replace_command(lab, runs["gdn"], out, all=True),
              "fine-tuning": lambda out: finetune_command(lab, lab / "model", out, epochs=30)}[phase]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed, codes = tmp_path / "whole", tmp_path / "killed", []
     run_main(words(whole))
     done = lambda path: sum(file.stat().st_size for file in path.glob("*.jsonl"))
     for share in (0.3, 0.7):
@@ -2016,8 +2016,8 @@ def test_kill_9_changes_nothing(phase, lab, runs, tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         process.kill()
-        process.communicate()
-    assert not list(killed.glob("result.json")) + list(killed.glob("layer*"))       # really killed
+        codes.append(process.wait())
+    assert -signal.SIGKILL in codes
     run_main(words(killed))
     if phase == 2:
         assert result_of(whole)[0] == result_of(killed)[0]
