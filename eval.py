@@ -558,7 +558,8 @@ def finish_plan(args, model, mixers, plan, weight_bytes, activations):
     needed = sum(memory.values())
     plan |= {"hours": plan["flops"] / rate / 3600 if rate else None, "bytes": memory,
              "needed": needed, "available": available, "fits": needed <= available}
-    log("\n".join(f"{key}: {value}" for key, value in plan.items()))
+    log("\n".join(f"{key}: {value:,}" if type(value) in (int, float) else f"{key}: {value}"
+                  for key, value in plan.items()))
     log(f"this will {'' if plan['fits'] else 'not '}fit: it needs {needed / 2**30:.2f} GiB, and "
         f"{args.device} has {available / 2**30:.2f} GiB")
     finish(plan)
