@@ -542,8 +542,8 @@ def forward_flops(module, config, tokens, squares):
         if isinstance(mixer, linear_attn.LinearAttention):
             rate = 5 if isinstance(mixer, linear_attn.GatedLinearAttention) else 7
             return flops + rate * tokens * mixer.num_heads * mixer.head_dim ** 2
-    return flops + 2 * squares * (
-        config.num_attention_heads * linear_attn.head_dim_of(config, config))
+    head_dim = linear_attn.head_dim_of(config, config)
+    return flops + 2 * squares * config.num_attention_heads * head_dim
 
 
 def finish_plan(args, model, mixers, plan, weight_bytes, activations):

@@ -879,9 +879,9 @@ def plan(args):
 
     def evaluate(layer_sets):
         new = {tuple(sorted(layers)) for layers in layer_sets} - known
+        known.update(new)
         if new:
             cost.update(evaluation.search_cost(model, prepared, mixers, new, args.plain))
-        known.update(new)
         return [sum(layers) for layers in layer_sets]       # so the last layer is the best
 
     if args.strategy == "impact":
