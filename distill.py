@@ -731,7 +731,7 @@ def parse_args():
     add("--out", help="the run directory")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--dry-run", nargs="?", type=positive(float), const=0, metavar="TFLOPS",
-        help="print steps, FLOPs, memory, and the hours at TFLOPS; reads no weights")
+        help="print steps, FLOPs and memory, and the hours at a rate of TFLOPS; reads no weights")
     add("--finetune", metavar="TASK", help="no distillation: train --model on the training split "
         "of a named task, or on a .jsonl file, and score it before and after")
     add = parser.add_argument_group("fine-tuning and its scores").add_argument

@@ -542,8 +542,8 @@ def forward_flops(module, config, tokens, squares):
         if isinstance(mixer, linear_attn.LinearAttention):
             rate = 5 if isinstance(mixer, linear_attn.GatedLinearAttention) else 7
             return flops + rate * tokens * mixer.num_heads * mixer.head_dim ** 2
-    return flops + 2 * squares * (
-        config.num_attention_heads * linear_attn.head_dim_of(config, config))
+    head_dim = linear_attn.head_dim_of(config, config)
+    return flops + 2 * squares * config.num_attention_heads * head_dim
 
 
 def finish_plan(args, model, mixers, plan, weight_bytes, activations):
@@ -558,7 +558,8 @@ def finish_plan(args, model, mixers, plan, weight_bytes, activations):
     needed = sum(memory.values())
     plan |= {"hours": plan["flops"] / rate / 3600 if rate else None, "bytes": memory,
              "needed": needed, "available": available, "fits": needed <= available}
-    log("\n".join(f"{key}: {value}" for key, value in plan.items()))
+    log("\n".join(f"{key}: {value:,}" if type(value) in (int, float) else f"{key}: {value}"
+                  for key, value in plan.items()))
     log(f"this will {'' if plan['fits'] else 'not '}fit: it needs {needed / 2**30:.2f} GiB, and "
         f"{args.device} has {available / 2**30:.2f} GiB")
     finish(plan)

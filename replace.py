@@ -757,7 +757,8 @@ def parse_args():
         help="no search: the paper's tables and figures beside ours, from the results below DIR")
     add("--out", help="directory for the journal, the result and the checkpoints")
     add("--dry-run", nargs="?", type=evaluation.positive(float), const=0, metavar="TFLOPS",
-        help="print evaluations, FLOPs, memory, and the hours at TFLOPS; reads no weights")
+        help="print evaluations, FLOPs (at most) and memory, and the hours at a rate of TFLOPS; "
+        "reads no weights")
     return parser.parse_args()
 
 
@@ -878,9 +879,9 @@ def plan(args):
 
     def evaluate(layer_sets):
         new = {tuple(sorted(layers)) for layers in layer_sets} - known
+        known.update(new)
         if new:
             cost.update(evaluation.search_cost(model, prepared, mixers, new, args.plain))
-        known.update(new)
         return [sum(layers) for layers in layer_sets]       # so the last layer is the best
 
     if args.strategy == "impact":

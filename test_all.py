@@ -2215,11 +2215,12 @@ def test_every_way_gives_the_same(family, kind):
                 model, split, mixers, sets, plain=plain, cost=cost))
             found.append(([score.outputs for score in scores], counted, cost))
         (shared, few, cheap), (plain, many, dear) = found
-        assert shared == plain and cheap["plain"] == dear["plain"] == dear["run"] > cheap["run"]
+        assert shared == plain and cheap["plain"] == dear["plain"] == dear["layer_tokens"]
+        assert dear["layer_tokens"] > cheap["layer_tokens"]
         layers_run = max(full) + sum(num_layers - layer for layer in full)
         assert few < many if kind == "generate" else (
-            few * dear["run"] == many * cheap["run"]
-            and cheap["run"] * len(full) * num_layers == cheap["plain"] * layers_run)
+            few * dear["layer_tokens"] == many * cheap["layer_tokens"]
+            and cheap["layer_tokens"] * len(full) * num_layers == cheap["plain"] * layers_run)
         with replace.replaced(model, mixers, sets[0]):
             assert_as_one_by_one(shared[0], model, split)
         assert len({str(outputs) for outputs in shared}) == len(sets) or kind == "generate"
