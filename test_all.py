@@ -438,7 +438,7 @@ def test_kernels_compile_without_spills(arch, memory, matrix, monkeypatch, tmp_p
     def compile_only(kernel, grid, *args, **constants):
         compiled, case = kernel.warmup(*args, grid=grid, **constants), (kernel.__name__, constants)
         spilled = re.findall(r"(\d+) bytes spill", capsys.readouterr().out)
-        assert max(map(int, spilled), default=0) <= 256, case       # none if it is compiled already
+        assert max(map(int, spilled), default=0) <= 192, case       # none if it is compiled already
         assert compiled.metadata.shared <= 1024 * memory, case
         found = [x for x in ("wgmma", "mma.sync") if x in compiled.asm["ptx"]][:1]
         assert found == [matrix] * (not case[0].startswith(("_step", "_conv", "_norm"))), case
@@ -1898,7 +1898,8 @@ def brute_force(table, num_layers, p_min, run_all=True):
 
 
 def test_greedy_equals_a_brute_force():
-    """Without it, a tie, a stop or M_best could be wrong: small integer scores tie often."""
+    """Without it, a tie, a stop or M_best could be wrong: small integer scores tie often. Brute
+    force and search could share a misreading, or compare 0.95 * 0.6 by its last bits."""
     for seed, run_all in itertools.product(range(60), (False, True)):
         rng = random.Random(seed)
         num_layers = rng.randint(1, 6)
@@ -1908,10 +1909,6 @@ def test_greedy_equals_a_brute_force():
         assert brute_force(table, num_layers, 0.8 * table(()), run_all) == (
             [(step.layer, step.score) for step in search.steps], list(search.best),
             list(search.opt))
-
-
-def test_greedy_on_a_table_with_a_known_answer():
-    """Brute force and search could share a misreading, or compare 0.95 * 0.6 by its last bits."""
     scores = {(): 0.80, (0,): 0.70, (1,): 0.80, (2,): 0.80, (0, 1): 0.79, (1, 2): 0.78,
               (0, 1, 2): 0.50}
     search = table_search(scores.get, 3, max_drop=0.05)
