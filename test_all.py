@@ -2683,7 +2683,7 @@ BAD = {     # name: (script, flags with {lab}, {tmp}, {run} filled in, words of 
     "max-drop": ("replace", dict(max_drop=1.5), "0 to 1"),
     "p-min": ("replace", dict(p_min=-1), "--p-min"),
     "seq-len": ("distill", dict(seq_len=65), "context of 64"),
-    "other batch size": ("replace", dict(out="{run}-search", layers="1", batch_size=4), "batch_size)"),
+    "other batches": ("replace", dict(out="{run}-search", layers="1", batch_size=4), "batch_size)"),
     "other documents": ("replace", dict(out="{run}-search", layers="1", limit=20), "limit)"),
     "other metric": ("replace", dict(out="{run}-search", layers="1", metric="acc_norm"), "metric)"),
     "other dtype": ("replace", dict(out="{run}-search", layers="1", dtype="bfloat16"), "dtype)"),
