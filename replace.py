@@ -206,8 +206,7 @@ class Scores:
     settings and then a line per evaluation, on disk before the next evaluation begins."""
 
     def __init__(self, journal, model, mixers, splits, metric, args):
-        """Read the journal of an earlier run, without a last line that a kill cut off. Raises
-        UserError if that run had other settings."""
+        """Read the journal of an earlier run. Raises UserError if it had other settings."""
         self.journal, self.model, self.mixers, self.splits = journal, model, mixers, splits
         self.metric, self.allow_code, self.asked = metric, args.allow_code_execution, set()
         settings = {
@@ -270,6 +269,8 @@ class Scores:
         found = {"layers": sorted(step.layers), "score": step.score, "layer": step.layer,
                  "runner_up": None, "runner_up_score": None, "ties": 0, "stderr": row["stderr"],
                  "difference": None, "difference_stderr": None, "flipped": None}
+        text = (f"{len(step.layers)} linear: layer {step.layer}, validation {step.score:.4f} +- "
+                f"{row['stderr']:.4f} (n = {row['n']})")
         rivals = {layers: p for layers, p in step.scores.items() if layers != step.layers}
         if rivals:
             second, p_second = first_maximum(rivals)
@@ -279,11 +280,10 @@ class Scores:
                       "ties": sum(p >= step.score - SLACK for p in rivals.values()),
                       "difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
                       "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
-        rival = "" if not rivals else (
-            "; runner-up layer {runner_up} with {runner_up_score:.4f}, margin {difference:.4f} +- "
-            "{difference_stderr:.4f}, {ties} ties, {flipped} items flipped".format_map(found))
-        log(f"{len(step.layers)} linear: layer {step.layer}, validation {step.score:.4f} +- "
-            f"{row['stderr']:.4f} (n = {row['n']}){rival}")
+            text += ("; runner-up layer {runner_up} with {runner_up_score:.4f}, margin "
+                     "{difference:.4f} +- {difference_stderr:.4f}, {ties} ties, {flipped} items "
+                     "flipped").format_map(found)
+        log(text)
         return found
 
     def final(self, layers):
@@ -774,20 +774,6 @@ def candidates_of(args, scores, num_layers, given):
     return in_order(sorted(layers, key=lambda layer: impact[layer]["impact"])), impact
 
 
-def correlation_with_greedy(impact, scores):
-    """Spearman's correlation of the impact scores with the order of a greedy search through all
-    layers, if the journal has one; None otherwise."""
-    try:
-        steps = greedy(lambda sets: [scores.known["validation", tuple(sorted(layers))]["score"]
-                                     for layers in sets], len(impact), run_all=True).steps
-    except KeyError:
-        steps = []
-    found = spearman([impact[step.layer]["impact"] for step in steps], range(len(steps)))
-    log(f"Spearman's correlation of impact score and greedy order: {found} (it needs a search with "
-        "--order greedy --all and the same --out)")
-    return found
-
-
 def run_search(args):
     """Search, or score --layers, and save everything -> the result."""
     out, task, metric, documents = open_search(args)
@@ -819,7 +805,13 @@ def run_search(args):
         "best": scores.final(best), "opt": scores.final(opt), "test_base": scores.final(())["test"],
         "steps": steps}
     if impact:
-        result |= {"impact": impact, "spearman": correlation_with_greedy(impact, scores)}
+        path, order = out / "result-greedy.json", []
+        if path.exists():
+            order = evaluation.read_json(path)["order"]
+        ranks = [impact[layer]["impact"] for layer in order if len(order) == num_layers]
+        result |= {"impact": impact, "spearman": spearman(ranks, range(len(ranks)))}
+        log(f"Spearman's correlation of impact score and greedy order: {result['spearman']} (it "
+            "needs a search with --order greedy --all and the same --out)")
     result |= {"n": {name: len(split.docs) for name, split in splits.items()},
                "model": args.model, "blocks": args.blocks,
                "attn": evaluation.read_run(args.blocks.split(",")[0])["attn"]}
@@ -856,11 +848,10 @@ def main():
     log("demo: searches the tiny Llama's two tasks; --model, --blocks, --task search anything else")
     args.model, args.blocks, args.all = str(make_demo()), args.blocks or str(DEMO / "blocks"), True
     results = {}
-    for args.task in ("copy", "chain"):
+    for args.task in evaluation.DEMO_TASKS:
         args.out = str(DEMO / args.task)
-        results[args.task] = run_search(args)
-    for name, result in results.items():
-        log(f"{name}: layers went in the order {result['order']}; M_opt keeps "
+        result = results[args.task] = run_search(args)
+        log(f"{args.task}: layers went in the order {result['order']}; M_opt keeps "
             f"{len(result['order']) - len(result['opt']['layers'])} softmax layers")
     evaluation.finish({"results": results}, f"python eval.py --model {DEMO}/copy/opt --task copy")
 
