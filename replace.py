@@ -455,8 +455,9 @@ STYLES = {"color": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69
 def read_results(folder):
     """{"result": [records], "distill": ..., "throughput": ..., "finetune": ..., "unfinished":
     [folders]} from the files below `folder` with these names. "model", "attn" and "task" of every
-    record are short names, "" where it has none. A search has its journal's "rows", and its "curve"
-    {linear layers: validation score in percent}."""
+    record are short names, "" where it has none. A search has "scored" {(split, layers): (score in
+    percent, standard error, documents)} and its "curve" {linear layers: validation score}; a
+    throughput "rates" {context: {linear layers: tokens per second at the largest batch}}."""
     found = {kind: [] for kind in ("result", "distill", "throughput", "finetune")}
     for path in sorted(folder.rglob("*.json")):
         kind = path.stem.partition("-")[0]              # result-greedy.json is a result
@@ -475,27 +476,18 @@ def read_results(folder):
                     continue                                        # scores of --layers, no search
                 scores = [run["p_base"], *run["validation"]]
                 run["curve"] = {count: 100 * score for count, score in enumerate(scores)}
+            if kind == "throughput":
+                run["rates"] = collections.defaultdict(dict)
+                for row in sorted(run["rows"], key=lambda x: (x["linear_layers"], x["batch"])):
+                    run["rates"][row["context"]][row["linear_layers"]] = row["tokens_per_second"]
         if kind == "result":
-            run["rows"] = read_journal(path.with_name("search.jsonl"))[1]
+            run["scored"] = {place: (100 * row["score"], 100 * row["stderr"], row["n"]) for
+                             place, row in read_journal(path.with_name("search.jsonl"))[1].items()}
         found[kind].append(run)
     unfinished = [path.parent for path in folder.rglob("search.jsonl")
                   if not path.with_name("result.json").exists()]
     unfinished += [run["folder"] for run in found["distill"] if not run["finished"]]
     return found | {"unfinished": sorted(map(str, unfinished))}
-
-
-def scored(run, split, layers):
-    """(score in percent, standard error, documents), None where no journal has it."""
-    row = run["rows"].get((split, tuple(sorted(layers))))
-    return row and (100 * row["score"], 100 * row["stderr"], row["n"])
-
-
-def speeds(run):
-    """{context: {linear layers: decoded tokens per second at the largest batch}}."""
-    table = {}
-    for row in sorted(run["rows"], key=lambda row: (row["linear_layers"], row["batch"])):
-        table.setdefault(row["context"], {})[row["linear_layers"]] = row["tokens_per_second"]
-    return table
 
 
 def our_rows(found):
@@ -504,20 +496,21 @@ def our_rows(found):
     def hours(costs, seconds="seconds", n=None):
         return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
 
-    rates = {(run["model"], run["attn"]): speeds(run).get(2048, {}) for run in found["throughput"]}
+    rates = {(run["model"], run["attn"]): run["rates"].get(2048, {}) for run in found["throughput"]}
     for run in found["result"]:
         model, attn, task, order = (run[key] for key in ("model", "attn", "task", "strategy"))
+        score = lambda split, layers: run["scored"].get((split, tuple(layers)))
         if order in ("greedy", "impact"):
-            known = run.get("impact") or {layer for _, layers in run["rows"] for layer in layers}
+            known = run.get("impact") or {layer for _, layers in run["scored"] for layer in layers}
             for chosen in (x for x in run["sets"] if len(x) == round(len(known) * 10 / 28)):
                 yield f"Table 4, {model}, {attn}", task, {
-                    order: scored(run, "test", chosen),
+                    order: score("test", chosen),
                     f"{order} layers": " ".join(map(str, chosen)),
-                    f"{order}, validation": scored(run, "validation", chosen)}
+                    f"{order}, validation": score("validation", chosen)}
         if order != "greedy":
             continue
         kept, count = run["best"]["layers"], len(run["opt"]["layers"])
-        base, best, opt = (scored(run, "test", x) for x in ((), kept, run["opt"]["layers"]))
+        base, best, opt = (score("test", x) for x in ((), kept, run["opt"]["layers"]))
         yield f"Table 1, {model}", task, {
             "base": base, attn: best, f"{attn} layers": (len(kept), None, None)}
         at = rates.get((model, attn), {})
@@ -606,7 +599,7 @@ def figures(found, paper):
         return found and round(found, 2)
 
     for run in found["throughput"]:
-        rates = speeds(run)
+        rates = run["rates"]
         key = run["model"], run["attn"] or "saved hybrid", run["dtype"], run["device"]
         lines = {f"context {context:,}": [at] for context, at in rates.items()}
         printed = paper.get(f"Table 2, {run['model']}, {run['attn']}", {}).values()
