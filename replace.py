@@ -685,9 +685,10 @@ def make_report(args):
     drawn, absent = {f"Figure {number}": {} for number in range(2, 7)}, "not run"
     try:
         for number, key, title, *data in figures(found, paper["tables"]):
-            name = f"fig{number}-{'-'.join(key).replace(' ', '-')}.png"
-            draw(evaluation.make_output_dir(folder / "figures") / name, number, title, *data)
-            drawn[f"Figure {number}"][f"figures/{name}"] = title
+            path = folder / "figures" / f"fig{number}-{'-'.join(key).replace(' ', '-')}.png"
+            path.parent.mkdir(exist_ok=True)
+            draw(path, number, title, *data)
+            drawn[f"Figure {number}"][f"figures/{path.name}"] = title
     except ImportError:
         absent = "not drawn"
         log("figures are not drawn: matplotlib is missing (pip install matplotlib)")
@@ -798,9 +799,8 @@ def run_search(args):
         "best": scores.final(best), "opt": scores.final(opt), "test_base": scores.final(())["test"],
         "steps": steps}
     if impact:
-        path, order = out / "result-greedy.json", []
-        if path.exists():
-            order = evaluation.read_json(path)["order"]
+        path = out / "result-greedy.json"
+        order = evaluation.read_json(path)["order"] if path.exists() else []
         ranks = [impact[layer]["impact"] for layer in order if len(order) == num_layers]
         result |= {"impact": impact, "spearman": spearman(ranks, range(len(ranks)))}
         log(f"Spearman's correlation of impact score and greedy order: {result['spearman']} (it "
