@@ -1953,7 +1953,7 @@ def naive_accuracy(model, tokenizer, path):
 @pytest.fixture(scope="session")
 def searched(lab, runs):
     """A finished search through all layers."""
-    run_main(replace_command(lab, runs["gla"], lab / "searched", all=True))
+    run_main(replace_command(lab, runs["gdn"], lab / "searched", all=True))
     return lab / "searched"
 
 
@@ -1962,7 +1962,7 @@ def test_search_equals_a_brute_force_from_scratch(lab, runs, searched):
     Algorithm 1 finds."""
     (result, cost), rows = result_of(searched), journal_of(searched)
     model, tokenizer = load_lab_model(lab)
-    mixers = evaluation.load_blocks(str(runs["gla"]), model)
+    mixers = evaluation.load_blocks(str(runs["gdn"]), model)
 
     @functools.cache
     def table(layers):
@@ -2032,7 +2032,7 @@ def test_journal_cut_at_any_byte_is_taken_up(lab, runs, searched, tmp_path, scri
     journal = (searched / "search.jsonl").read_bytes()
     for cut in (0, *random.Random(0).sample(range(len(journal)), 3)):
         (tmp_path / "search.jsonl").write_bytes(journal[:cut])
-        script(replace_command(lab, runs["gla"], tmp_path, all=True))
+        script(replace_command(lab, runs["gdn"], tmp_path, all=True))
         assert result_of(tmp_path)[0] == result_of(searched)[0]
 
 
@@ -2464,7 +2464,8 @@ def test_report_of_known_results(tmp_path, script):
         "base": 80, "M_opt": 70, "drop, %": pytest.approx(12.5), "layers": 2,
         "speed-up at 2,048": 1.2, "device": "cuda:0", "distillation": 2, "M tokens": 5, "search": 3,
         "evaluations": 7, "greedy": 90, "greedy layers": "2; 0", "impact": 90, "impact layers": "0"}
-    drawn = list(replace.figures(replace.read_results(tmp_path)))
+    paper = json.loads(replace.PAPER.read_text())["tables"]
+    drawn = list(replace.figures(replace.read_results(tmp_path), paper))
     titles, lines = ({figure[0]: figure[i] for figure in drawn} for i in (2, 3))
     assert lines[5]["jet, after"] == [{1: 70, 2: 80}] and lines[5]["base, before"] == [{0: 50}]
     assert lines[6] == {f"{tmp_path}/blocks": [{1: 2, 2: 0, 3: 1}]} and "man -0.5" in titles[6]
@@ -2491,10 +2492,12 @@ def test_report_of_missing_results(tmp_path, monkeypatch, script):
     with open(tmp_path / "z/search.jsonl", "a") as file:
         file.write('{"split": "te')
     assert report(tmp_path, script)[0] == whole != tables
-    for name, text in (("search.jsonl", "{}\n{\n"), ("result.json", "{}"), ("result.json", "[]")):
+    for name, text, fault in (("search.jsonl", "{}\n{\n", "is damaged"),
+                              ("result.json", "{}", "cannot be read"),
+                              ("result.json", "[]", "cannot be read")):
         hand_made_search(tmp_path / "z", [0, 1, 2])
         (tmp_path / "z" / name).write_text(text)
-        _, err = script(["replace.py", "--report", tmp_path], 2, f"z/{name} cannot be read")
+        _, err = script(["replace.py", "--report", tmp_path], 2, f"z/{name} {fault}")
         assert err.count("\n") == 1
 
 
