@@ -38,8 +38,8 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from eval import (
     DEMO, DEMO_TASKS, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, blame,
     claim_dir, command_line, digest, fingerprint, finish, gather, join_ranks, layer_file,
-    load_model, log, make_output_dir, max_length, parse_layers, positive, progress, rank, read_docs,
-    read_run, run_script, versions, world_size, write_atomic, write_json, write_lines)
+    load_model, log, max_length, parse_layers, positive, progress, rank, read_docs, read_run,
+    run_script, versions, world_size, write_atomic, write_json, write_lines)
 from linear_attn import MIXERS
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
@@ -429,7 +429,7 @@ def make_demo():
     """Write the teacher (trained once, about 70 s), its corpus and the tasks' items -> its path."""
     if not (DEMO / "teacher" / "config.json").exists():
         log("demo: training a tiny Llama to copy and to follow a chain (once)")
-        building = make_output_dir(DEMO / "teacher.building")
+        building = DEMO / "teacher.building"
         train_demo_teacher().save_pretrained(building)
         demo_tokenizer().save_pretrained(building)
         os.replace(building, DEMO / "teacher")

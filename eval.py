@@ -13,8 +13,7 @@ the paper, scored exactly as the harness scores them; or a file with one JSON ob
     {"prompt": "...", "answer": "...", "stop": ["\\n"], "max_tokens": 32}     greedy generation
 
 A choice is scored as the continuation " " + choice. `acc` takes the choice with the largest summed
-log-likelihood, `acc_norm` the largest per character. Log-softmax in fp32, sums in fp64. The last
-line on stdout is the result as one JSON object.
+log-likelihood, `acc_norm` the largest per character. The last line on stdout is the result as JSON.
 """
 
 import argparse
@@ -37,14 +36,12 @@ import random
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import timeit
 import warnings
-from collections import namedtuple
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -85,7 +82,7 @@ def log(message):
         tqdm.write(message, file=sys.stderr)
 
 
-def progress(iterable=None, disable=False, **kwargs):
+def progress(iterable, disable=False, **kwargs):
     return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, mininterval=0.5,
                 disable=disable or rank() > 0, **kwargs)
 
@@ -102,9 +99,8 @@ _locks, _written = [], []       # the open files that lock a directory; the path
 
 
 def run_script(main):
-    """Run main(). Bad input ends with one sentence and exit code 2: a UserError at any time, or a
-    library's error as long as no file is written. A failure later on (not finite, disk full) ends
-    with one sentence and exit code 1."""
+    """Run main(). One sentence and exit code 2 end bad input: a UserError at any time, a library's
+    error as long as no file is written. One sentence and exit code 1 end a later failure."""
     def end(code, message):
         print(" ".join(f"{Path(sys.argv[0]).name}: {message}".split()), file=sys.stderr)
         sys.exit(code)
@@ -143,8 +139,8 @@ def sentence(error):
 
 @contextlib.contextmanager
 def blame(what):
-    """Any error within the block becomes a UserError: `what`, then the error's message. Only
-    running out of GPU memory stays as it is, since the input is not at fault."""
+    """Errors within the block become UserErrors: `what`, then the error's message. Only running out
+    of GPU memory stays as it is, since the input is not at fault."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -190,8 +186,7 @@ def parse_layers(text, num_layers):
 
 
 def write_atomic(path, write):
-    """Call write(temporary path), fsync, rename: `path` is the old file or the new, never a part
-    of one."""
+    """Call write(temporary path), fsync, rename: `path` never holds a part of a file."""
     _written.append(path)
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
@@ -231,17 +226,12 @@ def versions():
             "python": sys.version.split()[0], "code": digest(code)}
 
 
-def make_output_dir(path):
-    """Make the output directory. Raises UserError if that cannot be."""
-    with blame("--out must be a directory that can be made"):
-        Path(path).mkdir(parents=True, exist_ok=True)
-    return Path(path)
-
-
 def claim_dir(path, foreign=()):
     """Make the output directory and keep other runs out of it until the script ends. Raises
     UserError where one is at work, and where one of the files `foreign` shows another use."""
-    path = make_output_dir(path)
+    path = Path(path)
+    with blame("--out must be a directory that can be made"):
+        path.mkdir(parents=True, exist_ok=True)
     if any((path / name).exists() for name in foreign):
         raise UserError(f"{path} already holds something else; give another --out.")
     if rank() == 0:
@@ -277,29 +267,27 @@ def join_ranks(device):
                             timeout=datetime.timedelta(days=1))
 
 
-@contextlib.contextmanager
-def lost_ranks_end_the_run():
+def together(collective, *args):
+    """Call a function of torch.distributed, unless this process is alone. Raises ConnectionError
+    where another one has ended."""
     try:
-        yield
+        if world_size() > 1:
+            collective(*args)
     except RuntimeError as error:
         raise ConnectionError("another process of this run has ended; the same command goes on "
                               f"from what is saved ({sentence(error)[:100]})") from None
 
 
-@lost_ranks_end_the_run()
 def gather(value):
     """[the value of each rank, in their order], on every rank."""
     values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
+    together(dist.all_gather_object, values, value)
     return values
 
 
-@lost_ranks_end_the_run()
 def add_up(tensor):
     """The sum of every rank's tensor, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
+    together(dist.all_reduce, tensor)
     return tensor
 
 
@@ -307,7 +295,7 @@ def search_documents(args):
     """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
     task file came without --test}) of replace.py's flags. Raises UserError."""
     task = find_task(args.task, args)
-    metric = check_metric(task, args.metric)
+    metric = args.metric or task.metric
     if args.test and (task.hub or args.task in DEMO_TASKS):
         raise UserError("--test goes with a --task that is a file; a named task has its own.")
     if task.hub:
@@ -316,10 +304,8 @@ def search_documents(args):
         for note in notes:
             log(f"{task.name}: {note}")
         return task, metric, {"validation": searched, "test": reported}
-    files = {"validation": args.task, "test": args.test}
-    if args.task in DEMO_TASKS:
-        files = {split: demo_file(args.task, split) for split in files}
-    found = {split: file_task(path) for split, path in files.items() if path}
+    names = {"validation": args.task, "test": args.task if args.task in DEMO_TASKS else args.test}
+    found = {split: file_task(item_file(name, split)) for split, name in names.items() if name}
     if any(other is not task for other, _ in found.values()):
         raise UserError(f"{args.test} and {args.task} are not items of one kind.")
     return task, metric, {split: docs for split, (_, docs) in found.items()}
@@ -338,33 +324,22 @@ def add_model_flags(parser):
                         help="run code that the base model's repository brings along")
 
 
-def read_config(name):
-    """The raw config (a dict) of a model in a directory or on the Hub. Raises UserError."""
-    folder = Path(name)
-    if not (folder / "config.json").is_file() and (
-            name.lower().endswith("gguf") or any(folder.glob("*.gguf"))):
-        raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
-                        "gguf_file=FILE) and save_pretrained(OUT) of AutoModelForCausalLM and of "
-                        "AutoTokenizer.")
-    with blame(f"no such model: {name} is no model's directory here, nor loads from the Hub"):
-        return transformers.PreTrainedConfig.get_config_dict(name)[0]
-
-
 def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False):
-    """(model, tokenizer): the model in eval mode, without gradients, on `device`.
-
-    A hybrid saved by replace.py is loaded with the classes of linear_attn.py; with `base_only`
-    it is refused, and so is a model that cannot be converted. Raises UserError for anything but a
-    causal language model with a tokenizer, and for a checkpoint that lacks tensors.
-    """
-    config = read_config(name)
+    """(model, tokenizer): the model in eval mode, without gradients, on `device`. Raises UserError
+    for anything but a complete causal language model with a tokenizer, and with `base_only` for a
+    hybrid and a model that cannot be converted."""
+    if not Path(name, "config.json").is_file() and (
+            name.lower().endswith("gguf") or any(Path(name).glob("*.gguf"))):
+        raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
+                        "gguf_file=FILE) and save_pretrained(OUT) of model and tokenizer.")
+    with blame(f"no such model: {name} is no model's directory here, nor loads from the Hub"):
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name)
     hybrid = str(config.get("model_type")).startswith(linear_attn.MODEL_TYPE_PREFIX)
     quantised = config.get("quantization_config") is not None
     if base_only and hybrid:
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     if base_only and quantised:
-        raise UserError(f"{name} is quantised, and such layers are neither distilled nor "
-                        "replaced: give the model in bf16, as its dequantize() and "
+        raise UserError(f"{name} is quantised: give the model in bf16, as its dequantize() and "
                         "save_pretrained() make it.")
     if "auto_map" in config and not hybrid and not trust_remote_code:
         raise UserError(f"{name} brings its own code; add --trust-remote-code to run it.")
@@ -399,8 +374,7 @@ def check_replaceable(model):
     mixer = functools.cache(lambda device: linear_attn.MIXERS["gla"].from_attention(
         attention[0], model.config, 0, "random").to(device, model.dtype))
     stand_ins = {i: mixer(next(attn.parameters()).device) for i, attn in enumerate(attention)}
-    with blame(f"{type(model).__name__} cannot be converted: its layers cannot be replaced one by "
-               "one"):
+    with blame(f"{type(model).__name__}: its layers cannot be replaced one by one"):
         for first in (0, 1):
             with replaced(model, stand_ins, range(first, len(attention), 2)):
                 model(torch.tensor([[0, 1]], device=model.device), use_cache=False)
@@ -415,8 +389,8 @@ def is_causal(model):
 
 
 def dtype_to_save(name, model, asked):
-    """The dtype of a hybrid's checkpoint: the model's, but if --dtype was not `asked` for ("auto")
-    never wider than the base's own, since a CPU holds all models in fp32."""
+    """The dtype of a hybrid's checkpoint: the model's or, where --dtype is auto and a CPU holds the
+    base in fp32, the narrower one that the base was saved in."""
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
     own = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return own if asked == "auto" and own.itemsize < model.dtype.itemsize else model.dtype
@@ -424,12 +398,10 @@ def dtype_to_save(name, model, asked):
 
 def find_device(name):
     """The device of that name; under torchrun "cuda" is this process's GPU. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     with blame(f"--device {name} cannot be used here"):
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    return device
+        return torch.empty(0, device=name).device
 
 
 def max_length(model):
@@ -439,9 +411,8 @@ def max_length(model):
 
 
 def reach(model):
-    """The most positions that a forward may have, padding and cached tokens included: the size of
-    the table of positions, or the length up to which RoPE's factors stay the same (longrope). A
-    longer request is read whole and unpadded."""
+    """The most positions of a forward with padding or a cache: the size of the table of positions,
+    or the length up to which RoPE's factors stay the same (longrope)."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
@@ -451,8 +422,7 @@ def reach(model):
 
 
 def fingerprint(model):
-    """A fingerprint of the weights, from an even sample of every tensor, in bf16, so that a model
-    has the same one in fp32 and in bf16."""
+    """A fingerprint of the weights, from samples of every tensor, the same in fp32 and in bf16."""
     sha = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         sample = tensor.flatten()[:: max(1, tensor.numel() // 1024)].to(torch.bfloat16)
@@ -502,10 +472,9 @@ def load_blocks(runs, model, layers=None):
 # ------------------------------------------------------------------------------------------------
 # Tasks: what the model is asked, and how its answer becomes a number
 
-# A document is one row of a task's dataset, a dict. A new task is one more entry in the table
-# below: where its documents are, the prompt, and either the choices and the right one, or stop
-# strings and a function that judges the text. Every quirk is the harness's own, kept so that
-# numbers can be compared (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks).
+# A document is one row of a dataset, a dict. A new task is one more entry in TASK_LIST. Every quirk
+# is the harness's own (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks), kept so
+# that numbers can be compared.
 
 MODELS = ("Qwen2.5-1.5B", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")
 NEVER = "none of the choices"  # the gold answer of an item that no model can get right
@@ -542,13 +511,8 @@ class Task:
     def metric(self):
         return self.metrics[0]
 
-    @property
-    def generates(self):
-        return not self.choices
-
     def requests(self, doc, shots=None):
         """What to ask: [(context, continuation)] by choice, or [(prompt, {until, max_gen_toks})].
-
         `shots` are documents, shown solved before this one; None stands for the fixed ones."""
         shots = self.fixed_shots if shots is None else shots
         head = self.description + "".join(map(self.shot, shots))
@@ -558,7 +522,9 @@ class Task:
         prompt = head + self.prompt(doc)
         if self.choices:
             return [(prompt, self.delimiter + choice) for choice in self.choices(doc)]
-        return [(prompt, self.limits(doc))]
+        # an item of a JSON-lines file may bring its limits along
+        return [(prompt, {"until": list(doc.get("stop", self.stop)),
+                          "max_gen_toks": doc.get("max_tokens", self.max_tokens)})]
 
     def shot(self, doc):
         """A solved example, with the first of several answers. For an empty target the harness
@@ -576,10 +542,6 @@ class Task:
         gold, choices = self.gold(doc), self.choices(doc)
         return choices.index(gold) if gold in choices else gold
 
-    def limits(self, doc):  # an item of a JSON-lines file may bring its own
-        return {"until": list(doc.get("stop", self.stop)),
-                "max_gen_toks": doc.get("max_tokens", self.max_tokens)}
-
     def score(self, doc, outputs, allow_code=False):
         """Metrics from the summed log-likelihoods in request order, where the first maximum wins
         and acc_norm is per character; or from [the text written]."""
@@ -589,15 +551,19 @@ class Task:
                 by = {"acc": lls, "acc_norm": lls / lengths}
             return {m: float(by[m].argmax() == self.right(doc)) for m in sorted(self.metrics)}
         text, = outputs
-        for stop in filter(None, self.limits(doc)["until"]):
+        for stop in filter(None, doc.get("stop", self.stop)):
             text = text.split(stop)[0]
         if self.judge:
             return self.judge(doc, text)
-        if not allow_code:
-            raise UserError(f"{self.name} runs programs that the model wrote: allow it with "
-                            "--allow-code-execution (they run behind a fence, not in a jail)")
+        self.check_leave(allow_code)
         program = self.program.format_map({**doc, "answer": text})
         return {self.metric: float(run_program(program).passed)}
+
+    def check_leave(self, allow_code):
+        """Raise UserError if the model's programs would run without leave."""
+        if self.program and not allow_code:
+            raise UserError(f"{self.name} runs programs that the model wrote, behind a fence that "
+                            "is not a jail; allow it with --allow-code-execution.")
 
     def check(self, doc):
         """Raise UserError, saying why, unless the document can be asked, its gold answer parses,
@@ -608,16 +574,14 @@ class Task:
                 raise ValueError(f"it has no {' and no '.join(missing)}")
             count = len(self.requests(doc))
             gold = self.right(doc) if self.choices else self.gold(doc)
-            if self.choices:
-                valid = count and (gold is NEVER or type(gold) is int and 0 <= gold < count)
-            else:
-                texts = gold if isinstance(gold, list) else [gold]
-                valid = texts and all(isinstance(text, str) for text in texts)
-                if self.program:
-                    ast.parse(gold)
-            if not valid:
-                raise ValueError(f"the gold answer {gold!r} is not "
-                                 + (f"one of {count} choices" if self.choices else "a text"))
+            texts = gold if isinstance(gold, list) else [gold]
+            if self.choices and not (gold in range(count) and type(gold) is int
+                                     or gold is NEVER and count):
+                raise ValueError(f"the gold answer {gold!r} is not one of {count} choices")
+            if not self.choices and not (texts and all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"the gold answer {gold!r} is not a text")
+            if self.program:
+                ast.parse(gold)
 
 
 def paper(short, *scores):
@@ -837,8 +801,7 @@ TASK_LIST = (
          splits=("train", "test"), **paper("GSM8K", 61.4, 63.9, 76.0)),
     Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None),
          prompt="Question: {Problem}\nAnswer:".format_map, choices=mathqa_choices,
-         gold=mathqa_gold,
-         metrics=NORM, splits=TESTED, **paper("MathQA MQ", 35.0, 34.5, 39.4)),
+         gold=mathqa_gold, metrics=NORM, splits=TESTED, **paper("MathQA MQ", 35.0, 34.5, 39.4)),
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
          prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=itemgetter("test"),
          program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
@@ -940,9 +903,8 @@ def hub_docs(task, split):
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
     with blame(f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the "
-               "Hub; if it is gated, accept its terms there and log in; else get its rows "
-               f"elsewhere and run this with `--task {task.name} --docs FILE` (--test-docs, "
-               f"--shot-docs), a .jsonl, .jsonl.gz or .parquet with the fields "
+               "Hub; accept its terms there and log in, or give its rows from elsewhere with "
+               f"`--task {task.name} --docs FILE` (--test-docs, --shot-docs), with the fields "
                f"{', '.join(task.fields)}; the reason"):
         rows = datasets.load_dataset(name, config, split="train" if task.resplit else split)
         rows = task.resplit(rows, split) if task.resplit else rows
@@ -987,18 +949,16 @@ def sample(docs, size, seed):
 def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=False):
     """Documents to search on, documents to report, and sentences about them for the user.
 
-    The search never sees what is reported. It gets up to `size` documents: of validation if the
-    test split is reported, of train if validation is, or if the task has no other split; the
-    documents of a task with one split are cut into seeded halves. The paper's rule, read
-    literally, searches on the reported documents in the second and the last case: `paper_splits`.
-    """
+    The search gets up to `size` documents that are never reported; a task with one split is cut
+    into seeded halves. The paper's rule, read literally, searches on the reported documents where
+    there is one split, or validation is reported: `paper_splits`."""
     searched, reported = task.splits
     if paper_splits and reported in ("validation", searched) and not (docs and test_docs):
         report = load_docs(task, reported, test_docs or docs)
         return report, report, ["--paper-splits: the search sees what is reported, so it leaks"]
     if searched == reported and not test_docs:
-        whole = load_docs(task, reported, docs)
-        search, report = sample(whole, len(whole) // 2, seed)
+        both = load_docs(task, reported, docs)
+        search, report = sample(both, len(both) // 2, seed)
     else:
         search, report = load_docs(task, searched, docs), load_docs(task, reported, test_docs)
     seen = {repr(task.requests(doc, ())) for doc in report}
@@ -1011,7 +971,7 @@ def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=F
         notes.append(f"left out of the search: {len(search) - len(clean)} that are reported too")
     if len(chosen) < 100:
         notes.append(f"with {len(chosen)} documents, one is worth {100 / len(chosen):.1f} points: "
-                     "layers will tie, and the order found is little more than chance")
+                     "layers will tie, and their order is little more than chance")
     return chosen, report, notes
 
 
@@ -1019,34 +979,31 @@ def draw_shots(task, docs, k, pool, searched=False):
     """The shots of each document: one draw after the other from Random(1234), in their order.
 
     On a search split, and where the harness scores a validation split, one more is drawn and the
-    document itself dropped, so that it is never its own example.
-    """
-    if k == 0:
-        return [[] for _ in docs]
-    pool = list(task.fixed_shots or pool or ())
-    extra = not task.first_shots and (searched or task.splits[1] == "validation")
+    document itself dropped, so that it is never its own example."""
+    pool, shots, draw = list(task.fixed_shots or pool or ()), [], random.Random(1234)
+    extra = k > 0 and not task.first_shots and (searched or task.splits[1] == "validation")
     if k + extra > len(pool):
         raise UserError(f"{task.name}: {k} shots cannot be taken from {len(pool)} documents")
-    draw = random.Random(1234)
 
-    def shots_of(doc):
-        def other(row):
-            return row != doc and not (searched and task.prompt(row) == task.prompt(doc))
-        if task.first_shots:
-            return pool[:k]
-        drawn = draw.sample(pool, k + extra)
-        if not extra:
-            return drawn
-        drawn = [row for row in drawn if other(row)][:k]
-        if len(drawn) < k:              # copies of the document were drawn with it
-            drawn = draw.sample([row for row in pool if other(row)], k)
-        return drawn
-    return [shots_of(doc) for doc in docs]
+    def others(doc, rows):
+        return [row for row in rows if row != doc and not (
+            searched and task.prompt(row) == task.prompt(doc))]
+
+    for doc in docs:
+        drawn = pool[:k] if task.first_shots else draw.sample(pool, k + extra)
+        if extra:
+            drawn = others(doc, drawn)[:k]
+            if len(drawn) < k:          # copies of the document were drawn with it
+                drawn = draw.sample(others(doc, pool), k)
+        shots.append(drawn)
+    return shots
 
 
-def demo_file(name, split):
-    """The file of a demo task's items. Raises UserError if it has not been made."""
+def item_file(name, split):
+    """The JSON-lines file of that name, or of the demo task of that name. Raises UserError."""
     path = DEMO / f"{name}-{split}.jsonl"
+    if name not in DEMO_TASKS:
+        return name
     if not path.exists():
         raise UserError(f"{path} is not here: `python distill.py` makes the demo and its tasks.")
     return path
@@ -1125,22 +1082,22 @@ class Prepared:
             self.of_doc.append([numbers.setdefault(request, len(numbers)) for request in asked])
             new.append(range(known, len(numbers)))
         self.requests = list(numbers)
-        longest = 0 if whole or task.generates else reach(model)
+        longest = reach(model) if task.choices and not whole else 0
         rows = [row for members in new for row in self._rows(members, longest)]
         self.batches = even_batches(sorted(rows, key=lambda row: -row.end), batch_size)
 
     def _request(self, ask, doc, limit):
         """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
         left, as the harness cuts it, and counted."""
-        if self.task.generates:
+        if self.task.choices:
+            tokens, scored = encode_pair(self.tokenizer, *ask, self.bos)
+            request = Request(tuple(tokens), scored)
+            parts = {"context": len(tokens) - scored, "continuation": scored}
+        else:
             request = Request(tuple(encode(self.tokenizer, ask[0], self.bos)),
                               until=tuple(ask[1]["until"]),
                               max_new=self.max_gen_toks or ask[1]["max_gen_toks"])
             parts = {"prompt": len(request.tokens)}
-        else:
-            tokens, scored = encode_pair(self.tokenizer, *ask, self.bos)
-            request = Request(tuple(tokens), scored)
-            parts = {"context": len(tokens) - scored, "continuation": scored}
         for text, (part, length) in zip(ask, parts.items()):
             if length == 0:
                 raise UserError(f"{place_of(doc)}: the {part} {text[-60:]!r} has no tokens in this "
@@ -1168,8 +1125,8 @@ class Prepared:
 
     def tails(self, row):
         """What is read after a Row: a Row for each member, empty where there is nothing left."""
-        asked = [(i, self.requests[i]) for i in row.members]
-        return [Row(row.end, len(r.tokens) + r.max_new - 1, [i]) for i, r in asked]
+        return [Row(row.end, len(self.requests[i].tokens) + self.requests[i].max_new - 1, [i])
+                for i in row.members]
 
     def fingerprint(self):
         return digest(self.task.name, self.docs, self.requests, self.batches)
@@ -1257,7 +1214,7 @@ def repeated(cache, places):
 def answer_batch(model, prepared, batch):
     """{request: summed log-probability of its scored tokens, or greedy continuation as text} for a
     batch of Rows; each Row alone where with padding they would be longer than reach(model)."""
-    answer = answer_prompts if prepared.task.generates else answer_choices
+    answer = answer_choices if prepared.task.choices else answer_prompts
     rest = max(tail.length for row in batch for tail in prepared.tails(row))
     alone = max(row.end for row in batch) + rest > reach(model)
     answers = {}
@@ -1325,7 +1282,7 @@ def answer_prompts(model, prepared, batch):
 # another user, which keeps less from it.
 NAMESPACES = "namespaces, read-only files, no network, limits"
 OTHER_USER = "another user, limits; the network and files that anyone may change stay open"
-Verdict = namedtuple("Verdict", "passed reason")
+Verdict = collections.namedtuple("Verdict", "passed reason")
 
 # What the interpreter runs. Output goes to memory, limited like a file. The programs that fail in
 # code_eval fail here: it takes the names in `gone` away, once the three modules are imported.
@@ -1450,31 +1407,17 @@ def evaluate(model, prepared, metric=None, allow_code=False):
     return judge(prepared, outputs, metric, linear_layers(model), allow_code)
 
 
-def judge(prepared, outputs, metric, layers, allow_code=False):
-    """Turn {request: answer} of all requests into a Score."""
-    task, per_doc = prepared.task, [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
-    for doc, answers in zip(prepared.docs, per_doc):
-        if not task.generates and not all(map(math.isfinite, answers)):
-            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
-                                     f"{layers}")
-    items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
-    return Score(metric or task.metric, items, per_doc)
-
-
 def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_code=False,
-                     plain=False, cost=None, bar=None):
+                     plain=False, cost=None):
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
     mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
 
-    The hybrids share their lower layers on each batch, unless `plain`. Several ranks take turns
-    with the batches. Adds to the Counter `cost` the layer-token forwards "run", and "plain", which
-    are those without sharing."""
-    done = []
-    for batch in prepared.batches[rank()::world_size()]:
-        done.append(answer_hybrids(model, prepared, mixers, batch, layer_sets, plain))
-        if bar is not None:
-            bar.update(len(layer_sets))
-    done = sum(gather(done), [])
+    The hybrids share their lower layers on each batch, unless `plain`, and several ranks take turns
+    with the batches. Adds layer_tokens to the Counter `cost`."""
+    batches = progress(prepared.batches[rank()::world_size()], desc=f"{len(layer_sets)} hybrids",
+                       unit="batch", leave=False)
+    done = sum(gather([answer_hybrids(model, prepared, mixers, batch, layer_sets, plain)
+                       for batch in batches]), [])
     if rank() > 0:
         return None
     if cost is not None:
@@ -1485,34 +1428,43 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
             for found, layers in zip(outputs, layer_sets)]
 
 
-def common_layers(layer_sets, plain=False):
-    """The layer set that runs first, and {another: how many of the lowest layers both have}. Two
+def judge(prepared, outputs, metric, layers, allow_code):
+    """Turn {request: answer} of all requests into a Score."""
+    task, per_doc = prepared.task, [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
+    for doc, answers in zip(prepared.docs, per_doc):
+        if task.choices and not all(map(math.isfinite, answers)):
+            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
+                                     f"{layers}")
+    items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
+    return Score(metric or task.metric, items, per_doc)
+
+
+def common_layers(layer_sets, plain):
+    """{layer set: how many of its lowest layers are shared}, in the order in which they run. Two
     candidates of a round of Algorithm 1 differ first at the lower of the layers that they replace,
-    so the first to run is the one that replaces the highest layer."""
+    so the first to run, whose layers are recorded, is the one that replaces the highest layer."""
     first, *others = sorted(set(layer_sets), reverse=True)
-    return first, {layers: 0 if plain else min(set(layers) ^ set(first)) for layers in others}
+    common = {layers: 0 if plain else min(set(layers) ^ set(first)) for layers in others}
+    return {first: max(common.values(), default=0), **common}
 
 
 def layer_tokens(prepared, num_layers, layer_sets, plain):
-    """How many layers times tokens are run, and how many without sharing. Padding is not counted,
-    and a generated text counts with its largest length."""
-    _, common = common_layers(layer_sets, plain)
+    """{"run": how many layers times tokens are run, "plain": how many without sharing}. Padding is
+    not counted, and a generated text counts with its largest length."""
+    common = common_layers(layer_sets, plain).values()
     rows = [row for batch in prepared.batches for row in batch]
     rest = sum(tail.length for row in rows for tail in prepared.tails(row))
-    total = sum(row.end for row in rows) + rest
-    shared = total - rest if prepared.task.generates else total
-    full = (1 + len(common)) * num_layers * total
-    return {"run": full - sum(common.values()) * shared, "plain": full}
+    read = sum(row.end for row in rows)
+    full = len(common) * num_layers * (read + rest)
+    shared = read + rest if prepared.task.choices else read
+    return {"run": full - (sum(common) - max(common)) * shared, "plain": full}
 
 
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):
     """{layers: {request: answer}} of one batch for each hybrid."""
-    first, common = common_layers(layer_sets, plain)
-    shared = SharedLayers(decoder_layers(model), prepared.task.generates)
-    with replaced(model, mixers, first), shared.run(shared.record, max([0, *common.values()])):
-        answers = {first: answer_batch(model, prepared, batch)}
-    for layers, count in common.items():
-        with replaced(model, mixers, layers), shared.run(shared.replay, count):
+    shared, answers = SharedLayers(decoder_layers(model), not prepared.task.choices), {}
+    for layers, count in common_layers(layer_sets, plain).items():
+        with replaced(model, mixers, layers), shared.run(count, record=not answers):
             answers[layers] = answer_batch(model, prepared, batch)
     return answers
 
@@ -1522,7 +1474,7 @@ def layers_can_be_shared(model, prepared, mixers):
     takes more from the layers below than their hidden states (keys and values, say)."""
     layers, batch = sorted(mixers), prepared.batches[-1][-1:]
     sets = [(layers[len(layers) // 2],), (layers[-1],)]
-    shared, plain = (answer_hybrids(model, prepared, mixers, batch, sets, plain=plain)
+    shared, plain = (answer_hybrids(model, prepared, mixers, batch, sets, plain)
                      for plain in (False, True))
     return repr(shared) == repr(plain)      # NaN is the evaluation's to report
 
@@ -1530,36 +1482,34 @@ def layers_can_be_shared(model, prepared, mixers):
 class SharedLayers:
     """The lower layers that several hybrids have in common on one batch. All hybrids make the same
     forwards, so a layer's outputs are replayed in the order in which they were recorded. The rest
-    of the model (embeddings, masks, upper layers, head) runs as always. Generation shares only the
-    forward of the prompt, since the texts of two hybrids differ."""
+    of the model runs as always. Generation shares only the forward of the prompt, since the texts
+    of two hybrids differ."""
 
     def __init__(self, layers, generates):
         self.layers, self.generates = layers, generates
         self.tapes = [collections.deque() for _ in layers]  # (output, cache layer) of each forward
 
     @contextlib.contextmanager
-    def run(self, way, count):
-        """Within the block the lowest `count` layers run by `way`, which is record or replay."""
+    def run(self, count, record):
+        """Within the block the lowest `count` layers record what they do, or replay it."""
         with contextlib.ExitStack() as stack:
             for i, layer in enumerate(self.layers[:count]):
-                stack.enter_context(mock.patch.object(
-                    layer, "forward", functools.partial(way, i, layer.forward)))
+                stack.enter_context(mock.patch.object(layer, "forward", functools.partial(
+                    self.forward, i, layer.forward, record)))
             yield
 
-    def record(self, i, forward, *args, **kwargs):
-        """Run layer i, and keep its output and, from the forward that fills it, its cache."""
-        cache = cache_among(args, kwargs)
+    def forward(self, i, forward, record, *args, **kwargs):
+        """In place of layer i's forward: record its output and, where that fills it, its cache; or
+        do as it did in the recorded forward whose turn it is."""
+        # a layer's argument for the cache has several names
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
         fills = cache is not None and cache.layers[i].get_seq_length() == 0
-        output = forward(*args, **kwargs)
-        if fills or not self.generates:
-            self.tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
-        return output
-
-    def replay(self, i, forward, *args, **kwargs):
-        """Do as layer i did in the recorded forward whose turn it is."""
-        cache = cache_among(args, kwargs)
-        if self.generates and cache.layers[i].get_seq_length() > 0:
+        if self.generates and not fills:
             return forward(*args, **kwargs)
+        if record:
+            output = forward(*args, **kwargs)
+            self.tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
+            return output
         output, cache_layer = self.tapes[i][0]
         self.tapes[i].rotate(-1)                # the next hybrid replays the same forwards
         if cache_layer is not None:
@@ -1567,11 +1517,6 @@ class SharedLayers:
             if not self.generates:              # later forwards ask only for its length
                 cache.layers[i].reorder_cache = lambda places: None
         return output
-
-
-def cache_among(args, kwargs):
-    """The transformers Cache among a layer's arguments, whose name differs between families."""
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1584,8 +1529,7 @@ def cache_among(args, kwargs):
 
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
-MAX_BATCH = 4096                # no larger batch is tried
-ON_GPU = [512, 2048, 16384, 65536], [1, "largest"]          # contexts and batches
+ON_GPU = [512, 2048, 16384, 65536], [1, 4096]       # contexts; batches, halved until they fit
 ON_CPU = [128, 512, 2048], [1, 8]
 
 
@@ -1597,22 +1541,14 @@ def prefill(model, ids):
     return cache
 
 
-class HeldState(linear_attn.LinearCacheLayer):
-    """A linear layer's memory that a step reads but does not change."""
-
-    def __setattr__(self, name, value):
-        pass
-
-
 def hold(layer):
     """Let a layer of a cache stay at its length: every new token's keys and values go to the same
     place behind the others, and a linear layer's new state is dropped."""
     if isinstance(layer, linear_attn.LinearCacheLayer):
-        layer.__class__ = HeldState
+        layer.__class__ = type("Held", (type(layer),), {"__setattr__": lambda *args: None})
         return
-    length = layer.get_seq_length()
-    all_keys, all_values = layer.keys, layer.values = [
-        torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (layer.keys, layer.values)]
+    length, pad_one = layer.get_seq_length(), torch.nn.ZeroPad2d((0, 0, 0, 1))
+    all_keys, all_values = layer.keys, layer.values = pad_one(layer.keys), pad_one(layer.values)
 
     def update(keys, values, *args, **kwargs):                      # [B, kv_heads, 1, D]
         all_keys[:, :, -1:], all_values[:, :, -1:] = keys, values
@@ -1628,13 +1564,13 @@ def bytes_by_formula(model, context):
     convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}     # of H D
     layers = transformers.DynamicCache(config=config).layers
     for attn, layer in zip(attention_modules(model), layers):
-        D, convolved = linear_attn.head_dim_of(attn, config), convolutions.get(type(attn).__name__)
-        if convolved is None:
+        D = linear_attn.head_dim_of(attn, config)
+        if isinstance(attn, linear_attn.LinearAttention):
+            tail = (linear_attn.CONV_SIZE - 1) * convolutions[type(attn).__name__]
+            total += attn.num_heads * D * (4 * D + tail * size)
+        else:
             seen = min(context + 1, getattr(layer, "sliding_window", context + 1))
             total += 2 * kv_heads * D * seen * size
-        else:
-            tail = (linear_attn.CONV_SIZE - 1) * convolved
-            total += attn.num_heads * D * (4 * D + tail * size)
     return total
 
 
@@ -1647,9 +1583,9 @@ def clock(device):
 
 def median_seconds(device, function, calls, repeats):
     """Of one call of `function`: the median of `repeats` timings, after one that warms up."""
-    timings = timeit.repeat(function, timer=functools.partial(clock, device), number=calls,
+    timings = timeit.repeat(function, timer=lambda: clock(device), number=calls,
                             repeat=repeats + 1)
-    return statistics.median(timings[1:]) / calls
+    return np.median(timings[1:]).item() / calls
 
 
 def time_decoding(model, cache, batch, in_graph):
@@ -1695,80 +1631,75 @@ def time_batch_that_fits(model, cache, batch, in_graph):
     return time_batch_that_fits(model, cache, batch // 2, in_graph)
 
 
-def why_not_in_graph(model, mixers):
-    """Why all decode eagerly; None where both base and hybrid can be captured in a CUDA graph."""
+def way_to_decode(model, mixers):
+    """"CUDA graph", where one can capture both base and hybrid, else "eager" and the reason."""
     if model.device.type != "cuda":
-        return "CUDA graphs need a GPU"
+        return "eager: CUDA graphs need a GPU"
     for layers in ((), mixers):
         try:
             with replaced(model, mixers, layers):
                 ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
                 time_decoding(model, prefill(model, ids), 1, True)
         except RuntimeError as error:
-            return f"with {len(layers)} linear layers: {str(error).splitlines()[0]}"
+            return f"eager: with {len(layers)} linear layers, {str(error).splitlines()[0]}"
+    return "CUDA graph"
 
 
 def hybrids_to_time(args, model):
-    """({number of linear layers: which}, {layer: linear module}, the modules' kind) as the flags
-    ask for them. A saved hybrid stays as it is."""
-    attention, saved = attention_modules(model), linear_layers(model)
-    if saved:
-        kinds = {type(attention[layer]) for layer in saved}
-        return {len(saved): ()}, {}, "+".join(
-            name for name, kind in linear_attn.MIXERS.items() if kind in kinds)
-    found = [list(range(count)) for count in range(len(attention) + 1)]
+    """({number of linear layers: which}, {layer: linear module}, the modules' kind) of flags. A
+    saved hybrid stays as it is."""
+    if saved := linear_layers(model):
+        return {len(saved): ()}, {}, "+".join(sorted(set(model.config.linear_attn)))
+    attention = attention_modules(model)
+    sets = {count: list(range(count)) for count in range(len(attention) + 1)}
     if args.layers_from:
         steps = read_json(args.layers_from)["steps"]
-        found = [[], *(step["layers"] for step in steps)]
-    sets = {len(layers): layers for layers in found}
+        sets = {0: [], **{len(step["layers"]): step["layers"] for step in steps}}
     counts = args.counts or sorted({0, max(sets) // 2, max(sets)})
-    if not set(counts) <= set(sets):
-        raise ValueError(f"--counts can be of {', '.join(map(str, sets))} linear layers")
-    kind, layers = args.attn, sorted({layer for count in counts for layer in sets[count]})
+    sets = {count: sets[count] for count in counts}
+    layers = sorted(set().union(*sets.values()))
     if args.blocks:
-        mixers = load_blocks(args.blocks, model, layers)
-        kind = read_run(args.blocks.split(",")[0])["attn"]
-    else:
-        mixers = {layer: linear_attn.MIXERS[kind].from_attention(
-            attention[layer], model.config, layer, "random").eval().requires_grad_(False)
-            for layer in layers}
-    return {count: sets[count] for count in counts}, mixers, kind
+        run = read_run(args.blocks.split(",")[0])
+        return sets, load_blocks(args.blocks, model, layers), run["attn"]
+    return sets, {layer: linear_attn.MIXERS[args.attn].from_attention(
+        attention[layer], model.config, layer, "random").eval() for layer in layers}, args.attn
 
 
 @torch.no_grad()
 def throughput(args):
     """Time every context, hybrid and batch -> the result. OUT/throughput.json is written after
     every row, and the rows that it has already are not timed again."""
+    if args.model is None or args.task:
+        raise UserError("--throughput takes a --model, and no --task.")
     path = claim_dir(args.out or "out/throughput") / "throughput.json"
     model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    if bool(args.blocks or args.attn) == bool(linear_layers(model)):
+        raise UserError("--throughput takes --blocks or --attn, or a saved hybrid as its --model.")
     device, vocabulary = model.device, model.get_input_embeddings()
-    (contexts, batches), gpu_memory = ON_CPU, None
-    if device.type == "cuda":
+    contexts, batches = ON_CPU
+    if on_gpu := device.type == "cuda":
         torch.cuda.set_device(device)
-        (contexts, batches), gpu_memory = ON_GPU, torch.cuda.mem_get_info()[1]
+        contexts, batches = ON_GPU
     contexts = args.contexts or contexts
-    if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
-        raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model alone.")
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
-    if tables and max(contexts) >= (max_length(model) or math.inf):
-        raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
+    limit = tables and max_length(model) or math.inf
+    if not 0 < min(contexts) <= max(contexts) < limit:
+        raise UserError(f"--contexts must lie above 0 and below the model's {limit} positions.")
     with blame(f"--blocks, --layers-from and --counts do not go with {args.model}"):
         sets, mixers, kind = hybrids_to_time(args, model)
-    why_eager = why_not_in_graph(model, mixers)
+    decoding = way_to_decode(model, mixers)
     result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
               "modules": args.blocks or ("random" if args.attn else "saved"),
-              "order": args.layers_from or "by number",
-              "device": torch.cuda.get_device_name() if gpu_memory else str(device),
-              "dtype": str(model.dtype), "versions": versions(),
-              "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
-              "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH}
+              "order": args.layers_from or "by number", "dtype": str(model.dtype),
+              "device": torch.cuda.get_device_name() if on_gpu else str(device),
+              "versions": versions(), "decoding": decoding, "prefill_chunk": CHUNK}
     before = read_json(path) if path.exists() else {**result, "rows": []}
     rows = before.pop("rows")
     if before != result:
         raise UserError(f"{path} has other settings or versions; give another --out.")
     done = {(row["context"], row["linear_layers"], row["asked"]) for row in rows}
     for context, count in itertools.product(contexts, sets):
-        to_do = [asked for asked in batches if (context, count, asked) not in done]
+        to_do = [batch for batch in batches if (context, count, batch) not in done]
         if not to_do:
             continue
         ids = torch.randint(vocabulary.num_embeddings, (1, context),
@@ -1776,11 +1707,9 @@ def throughput(args):
         with replaced(model, mixers, sets[count]):
             seconds = median_seconds(device, lambda: prefill(model, ids), 1, 3)
             cache, row_bytes = prefill(model, ids), bytes_by_formula(model, context)
-            for asked in to_do:
-                batch = asked if asked != "largest" else min(       # the caches alone would fit
-                    MAX_BATCH, 2 ** (max(1, gpu_memory // row_bytes).bit_length() - 1))
-                timed = time_batch_that_fits(model, cache, batch, not why_eager)
-                rows.append({"context": context, "linear_layers": count, "asked": asked, **timed,
+            for batch in to_do:
+                timed = time_batch_that_fits(model, cache, batch, decoding == "CUDA graph")
+                rows.append({"context": context, "linear_layers": count, "asked": batch, **timed,
                              "layers": linear_layers(model),
                              "prefill_tokens_per_second": context / seconds,
                              "cache_bytes_formula": timed["batch"] * row_bytes})
@@ -1791,57 +1720,36 @@ def throughput(args):
 
 
 def add_throughput_flags(parser):
-    def numbers(kind):
-        def comma_separated(text):
-            return [kind(part) for part in text.split(",")]
-        return comma_separated
+    def numbers(text):
+        return [int(part) for part in text.split(",")]
 
-    parser.add_argument("--throughput", action="store_true", help="time decoding against the "
-                        "number of linear layers; with --model, and --blocks or --attn")
-    for flag, text in (("blocks", "a run of distill.py, whose modules are timed"),
-                       ("layers-from", "a result.json of replace.py, for the order of the layers")):
-        parser.add_argument(f"--{flag}", help=f"of --throughput: {text}")
-    parser.add_argument("--attn", choices=list(linear_attn.MIXERS),
-                        help="of --throughput: random modules of this kind, without --blocks")
-    parser.add_argument("--contexts", type=numbers(positive(int)), help="of --throughput: numbers "
-                        "of tokens, default 512,2048,16384,65536 on a GPU, 128,512,2048 on a CPU")
-    parser.add_argument("--counts", type=numbers(int), help="of --throughput: numbers of linear "
-                        "layers, default none, half and all that --layers-from found")
-
-
-def is_throughput(args):
-    """Raises UserError where flags of --throughput stand without it, or it lacks its model."""
-    timing = args.blocks or args.layers_from or args.attn or args.contexts or args.counts
-    if timing and not args.throughput:
-        raise UserError("--blocks, --layers-from, --attn, --contexts and --counts go with "
-                        "--throughput.")
-    if args.throughput and (args.model is None or args.task):
-        raise UserError("--throughput needs a --model, and takes no --task.")
-    return args.throughput
+    add = parser.add_argument_group("decoding speed").add_argument
+    add("--throughput", action="store_true", help="time decoding against linear layers")
+    add("--blocks", help="a run of distill.py, whose modules are timed")
+    add("--attn", choices=list(linear_attn.MIXERS), help="random modules, without --blocks")
+    add("--layers-from", help="a result.json of replace.py, for the order of the layers")
+    add("--contexts", type=numbers, help=f"default {ON_GPU[0]}, on a CPU {ON_CPU[0]} tokens")
+    add("--counts", type=numbers, help="numbers of linear layers (default: none, half, all)")
 
 
 # ------------------------------------------------------------------------------------------------
 # The command line
 
 def add_task_flags(parser):
-    parser.add_argument("--metric", help="report this metric of the task, not its usual one")
-    parser.add_argument("--batch-size", type=positive(int), default=16, help="sequences at a time")
-    parser.add_argument("--limit", type=positive(int), help="score only the first N documents")
-    parser.add_argument("--docs", help="a named task's documents, as a local .jsonl, .jsonl.gz or "
-                        ".parquet file in place of the Hub: those scored, or searched on")
-    parser.add_argument("--shot-docs", help="the file that a named task's shots are drawn from")
-    parser.add_argument("--shots", type=int, help="examples before each document (default: the "
-                        "paper's: 4 for gsm8k, 3 for mbpp, else none)")
-    parser.add_argument("--max-gen-toks", type=positive(int),
-                        help="generate at most N tokens in place of the task's own number")
-    parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
-                        help="force a BOS token on or off (default: as the tokenizer does)")
-    parser.add_argument("--whole", action="store_true", help="run every context + choice whole, "
-                        "as the harness does, in place of a shared context once")
-    parser.add_argument("--seed", type=int, default=0, help="of the search split's draw")
-    parser.add_argument("--allow-code-execution", action="store_true",
-                        help="run the programs that the model writes (humaneval, mbpp), each "
-                        "behind a fence of limits; a fence, not a jail")
+    add = parser.add_argument
+    add("--metric", help="report this metric of the task, not its usual one")
+    add("--batch-size", type=positive(int), default=16, help="sequences at a time")
+    add("--limit", type=positive(int), help="score only the first N documents")
+    add("--docs", help="a named task's documents, scored or searched on, as a local file (.jsonl, "
+        ".jsonl.gz, .parquet)")
+    add("--shot-docs", help="the file that a named task's shots are drawn from")
+    add("--shots", type=int, help="examples before each document (default: as the paper's)")
+    add("--max-gen-toks", type=positive(int), help="tokens to write (default: the task's number)")
+    add("--bos", action=argparse.BooleanOptionalAction, help="force a BOS token on or off")
+    add("--whole", action="store_true", help="run every context + choice whole, like the harness")
+    add("--seed", type=int, default=0, help="of the search split's draw")
+    add("--allow-code-execution", action="store_true", help="run programs that the model writes, "
+        "behind a fence of limits, which is not a jail")
 
 
 def find_task(name, args):
@@ -1851,31 +1759,25 @@ def find_task(name, args):
         given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
-        return file_task(demo_file(name, "validation") if name in DEMO_TASKS else name)[0]
-    task = TASKS[name]
-    if task.program and not args.allow_code_execution:
-        raise UserError(f"{task.name} runs programs that the model wrote, behind a fence of "
-                        "limits that is not a jail; allow it with --allow-code-execution.")
-    if (args.shots or 0) < 0 or (args.shots and task.shot_split is None):
-        raise UserError(f"--shots {args.shots} is no number of examples for {task.name}.")
+        task, _ = file_task(item_file(name, "validation"))
+    else:
+        task = TASKS[name]
+        task.check_leave(args.allow_code_execution)
+        if (args.shots or 0) < 0 or (args.shots and task.shot_split is None):
+            raise UserError(f"--shots {args.shots} is no number of examples for {task.name}.")
+    if args.metric not in (None, *task.metrics):
+        raise UserError(f"{task.name} has no metric {args.metric}; it has "
+                        f"{' and '.join(task.metrics)}.")
     return task
-
-
-def check_metric(task, metric):
-    """The metric to report. Raises UserError if the task does not have it."""
-    known = task.metrics or (task.metric,)
-    if metric and metric not in known:
-        raise UserError(f"{task.name} has no metric {metric}; it has {' and '.join(known)}.")
-    return metric or task.metric
 
 
 def prepare(task, docs, model, tokenizer, args, searched=False):
     """Documents of one split with their shots, tokenised and in batches."""
     count = task.shots if args.shots is None else args.shots
-    docs, shots = docs[: args.limit], None
-    if count or task.fixed_shots:
-        pool = task.fixed_shots or load_docs(task, task.shot_split, args.shot_docs)
-        shots = draw_shots(task, docs, count, pool, searched)
+    docs, pool = docs[: args.limit], ()
+    if count and not task.fixed_shots:
+        pool = load_docs(task, task.shot_split, args.shot_docs)
+    shots = draw_shots(task, docs, count, pool, searched)
     prepared = Prepared(task, docs, model, tokenizer, args.batch_size, shots, args.bos,
                         args.whole, args.max_gen_toks)
     if prepared.truncated:
@@ -1884,25 +1786,24 @@ def prepare(task, docs, model, tokenizer, args, searched=False):
     return prepared
 
 
-def score_task(name, model, tokenizer, args, path):
+def score_task(name, task, model, tokenizer, args, path):
     """Score one task, print its line, write its items to `path`, if given -> the result, a dict."""
-    task = find_task(name, args)
-    metric = check_metric(task, args.metric)
-    docs = load_docs(task, task.splits[1], args.docs) if task.hub else file_task(
-        demo_file(name, "test") if name in DEMO_TASKS else name)[1]
+    split = task.splits[1] if task.hub else name
+    docs = (load_docs(task, split, args.docs) if task.hub
+            else file_task(item_file(name, "test"))[1])
     prepared = prepare(task, docs, model, tokenizer, args)
     for number, request in enumerate(prepared.requests[: args.show]):
         log(f"--- request {number}\n{tokenizer.decode(request.tokens)}\n{request}")
     if task.program:
         log(f"programs run behind a fence: {fence()}")
-    score = evaluate(model, prepared, metric, allow_code=args.allow_code_execution)
+    score = evaluate(model, prepared, args.metric, args.allow_code_execution)
     paper = (task.paper or {}).get(Path(args.model).name)
-    result = {"task": name, "split": task.splits[1] if task.hub else name, "n": score.n,
-              "metric": metric, "value": score.mean(), "stderr": score.stderr(),
+    result = {"task": name, "split": split, "n": score.n, "metric": score.metric,
+              "value": score.mean(), "stderr": score.stderr(),
               "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper,
               "truncated": prepared.truncated}
-    log(f"{name}: {metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; paper: "
-        f"{'no number' if paper is None else paper}); "
+    log(f"{name}: {score.metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; "
+        f"paper: {paper or 'no number'}); "
         + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
     if path:
         rows = [{"place": place_of(doc), "outputs": outputs, **item}
@@ -1915,9 +1816,9 @@ def score_task(name, model, tokenizer, args, path):
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
+    add_task_flags(parser)
     parser.add_argument("--task", help="comma-separated: .jsonl files, or of "
                         + ", ".join([*DEMO_TASKS, *TASKS]))
-    add_task_flags(parser)
     parser.add_argument("--show", type=positive(int), default=0, metavar="N",
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
@@ -1927,27 +1828,31 @@ def parse_args():
 
 def main():
     args, following = parse_args(), None
-    if is_throughput(args):
+    if args.throughput:
         return finish(throughput(args))
+    if args.blocks or args.layers_from or args.attn or args.contexts or args.counts:
+        raise UserError("--blocks, --layers-from, --attn, --contexts and --counts need "
+                        "--throughput.")
     if args.model is None:
-        demo_file("copy", "test")               # refuses where there is no demo
+        item_file("copy", "test")               # refuses where there is no demo
         args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)
         args.task, following = args.task or ",".join(DEMO_TASKS), "python replace.py"
     if args.task is None:
         raise UserError("--task is missing (see --help).")
     names = args.task.split(",")
-    for name in names:
-        check_metric(find_task(name, args), args.metric)
+    tasks = [find_task(name, args) for name in names]
     stems = [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):            # files of one name in several folders
         stems = [f"{number}-{stem}" for number, stem in enumerate(stems, 1)]
-    out = args.out and make_output_dir(args.out)
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    results = [score_task(name, model, tokenizer, args, out and out / f"{stem}-items.jsonl")
-               for name, stem in zip(names, stems)]
+    results = [score_task(name, task, model, tokenizer, args,
+                          args.out and Path(args.out, f"{stem}-items.jsonl"))
+               for name, task, stem in zip(names, tasks, stems)]
+    settings = ("shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")
     finish({"model": args.model, "linear_layers": linear_layers(model), "dtype": str(model.dtype),
-            "device": str(model.device), "settings": {k: getattr(args, k) for k in (
-                "shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")},
+            "device": str(model.device), "settings": {k: getattr(args, k) for k in settings},
             "versions": versions(), "results": results}, following)
 
 

@@ -234,10 +234,8 @@ class Scores:
         new = [s for s in dict.fromkeys(layer_sets) if (split, s) not in self.known]
         if new:
             prepared, cost, began = self.splits[split], collections.Counter(), time.perf_counter()
-            total = len(new) * len(prepared.batches[rank()::evaluation.world_size()])
-            with progress(total=total, desc=f"{len(new)} hybrids", leave=False) as bar:
-                scores = evaluate_hybrids(self.model, prepared, self.mixers, new, self.metric,
-                                          self.allow_code, self.plain, cost, bar)
+            scores = evaluate_hybrids(self.model, prepared, self.mixers, new, self.metric,
+                                      self.allow_code, self.plain, cost)
             seconds = (time.perf_counter() - began) / len(new)
             rows = gather(scores and [
                 {"split": split, "layers": list(layers), "score": score.mean(),
@@ -714,7 +712,8 @@ def make_report(args):
         matplotlib = log("figures are not drawn: matplotlib is missing (pip install matplotlib)")
     drawn = {f"Figure {number}": {} for number in range(2, 7)}
     for number, name, title, *rest in figures(found) if matplotlib else ():
-        path = evaluation.make_output_dir(folder / "figures") / f"fig{number}-{name}.png"
+        path = folder / "figures" / f"fig{number}-{name}.png"
+        path.parent.mkdir(exist_ok=True)
         draw(path, number, title, *rest)
         drawn[f"Figure {number}"][f"figures/{path.name}"] = title
     rest = {"unfinished": found["unfinished"], "figures": {
