@@ -476,7 +476,7 @@ def load_blocks(runs, model, layers=None):
 # is the harness's own (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks), kept so
 # that numbers can be compared.
 
-MODELS = ("Qwen2.5-1.5B", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")
+PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
 NEVER = "none of the choices"  # the gold answer of an item that no model can get right
 
 
@@ -499,22 +499,19 @@ class Task:
     delimiter: str = " "        # between prompt and answer
     shots: int = 0
     shot_split: str = "train"   # None: the task takes no shots
-    first_shots: bool = False   # the first k for every document, not a draw for each
-    fixed_shots: tuple = ()
+    first_shot: int = None      # all documents get the shots from this one on, not a draw for each
     hub: tuple = None           # dataset and configuration
     splits: tuple = None        # the split to search on and the split to report, see split_docs
     resplit: Callable = None    # rows, split -> rows, if the Hub has all rows in the split train
     short: str = ""             # the paper's names
-    paper: dict = None          # the paper's scores of MODELS in percent, with nothing replaced
 
     @property
     def metric(self):
         return self.metrics[0]
 
-    def requests(self, doc, shots=None):
+    def requests(self, doc, shots=()):
         """What to ask: [(context, continuation)] by choice, or [(prompt, {until, max_gen_toks})].
-        `shots` are documents, shown solved before this one; None stands for the fixed ones."""
-        shots = self.fixed_shots if shots is None else shots
+        `shots` are documents, shown solved before this one."""
         head = self.description + "".join(map(self.shot, shots))
         if self.choices and self.target:
             rest = self.delimiter + self.target(doc)
@@ -582,10 +579,6 @@ class Task:
                 raise ValueError(f"the gold answer {gold!r} is not a text")
             if self.program:
                 ast.parse(gold)
-
-
-def paper(short, *scores):
-    return dict(short=short, paper=dict(zip(MODELS, scores, strict=True)))
 
 
 def lettered(doc, choices, letters):
@@ -677,26 +670,6 @@ def class_score(classes, text, gold):
 
 HUMANEVAL_TEST = "{test}\ncheck({entry_point})"
 MBPP_TESTS = "{test_list[0]}\n{test_list[1]}\n{test_list[2]}"
-MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
-    {"text": "Write a function to find the similar elements from the given two tuple lists.",
-     "code": "def similar_elements(test_tup1, test_tup2):\r\n"
-             "  res = tuple(set(test_tup1) & set(test_tup2))\r\n  return (res) ",
-     "test_list": ["assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)",
-                   "assert similar_elements((1, 2, 3, 4),(5, 4, 3, 7)) == (3, 4)",
-                   "assert similar_elements((11, 12, 14, 13),(17, 15, 14, 13)) == (13, 14)"]},
-    {"text": "Write a python function to identify non-prime numbers.",
-     "code": "import math\r\ndef is_not_prime(n):\r\n    result = False\r\n"
-             "    for i in range(2,int(math.sqrt(n)) + 1):\r\n        if n % i == 0:\r\n"
-             "            result = True\r\n    return result",
-     "test_list": ["assert is_not_prime(2) == False", "assert is_not_prime(10) == True",
-                   "assert is_not_prime(35) == True"]},
-    {"text": "Write a function to find the largest integers from a given list of numbers using "
-             "heap queue algorithm.",
-     "code": "import heapq as hq\r\ndef heap_queue_largest(nums,n):\r\n"
-             "  largest_nums = hq.nlargest(n, nums)\r\n  return largest_nums",
-     "test_list": [f"assert heap_queue_largest( [25, 35, 22, 85, 14, 65, 75, 22, 58],{n})=={top}"
-                   for n, top in ((3, "[85, 75, 65] "), (2, "[85, 75] "),
-                                  (5, "[85, 75, 65, 58, 35]"))]})
 
 
 def pubmedqa_split(rows, split):
@@ -757,75 +730,75 @@ def mmlu(subject, **rest):
                     f"{subject}.\n\n",
         prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"),
         choices=lambda doc: list("ABCD"), gold=itemgetter("answer"),
-        metrics=ACC, splits=TESTED, shot_split="dev", first_shots=True, **rest)
+        metrics=ACC, splits=TESTED, shot_split="dev", first_shot=0, **rest)
 
 
 TASK_LIST = (
-    arc("arc_challenge", "ARC-Challenge", **paper("ArcC", 45.1, 46.4, 55.0)),
-    arc("arc_easy", "ARC-Easy", **paper("ArcE", 72.0, 67.9, 79.6)),
+    arc("arc_challenge", "ARC-Challenge", short="ArcC"),
+    arc("arc_easy", "ARC-Easy", short="ArcE"),
     Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
          prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map,
          choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
          gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"],
-         metrics=ACC, splits=HIDDEN, **paper("BQ BoolQ", 73.0, 78.5, 84.2)),
+         metrics=ACC, splits=HIDDEN, short="BQ BoolQ"),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
          prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
          choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"),
-         metrics=ACC, splits=HIDDEN, **paper("CQ", 75.2, 67.7, 77.2)),
+         metrics=ACC, splits=HIDDEN, short="CQ"),
     Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
          hub=("Rowan/hellaswag", None),
          prompt=lambda doc: hellaswag_clean("{activity_label}: {ctx_a} ".format_map(doc)
                                             + doc["ctx_b"].capitalize()),  # lower-cases the rest
          choices=lambda doc: list(map(hellaswag_clean, doc["endings"])),
          gold=lambda doc: list("0123").index(str(doc["label"])),
-         metrics=BOTH, splits=HIDDEN, **paper("HS", 50.1, 52.4, 59.2)),
+         metrics=BOTH, splits=HIDDEN, short="HS"),
     Task("openbookqa", ("question_stem", "choices", "answerKey"),
          hub=("allenai/openbookqa", "main"), prompt=itemgetter("question_stem"),
          choices=lambda doc: doc["choices"]["text"], gold=labelled,
-         metrics=NORM, splits=TESTED, **paper("OBQA OBA", 40.6, 36.0, 43.4)),
+         metrics=NORM, splits=TESTED, short="OBQA OBA"),
     Task("piqa", ("goal", "sol1", "sol2", "label"), hub=("baber/piqa", None),
          prompt="Question: {goal}\nAnswer:".format_map, gold=itemgetter("label"),
          choices=lambda doc: [doc["sol1"], doc["sol2"]],
-         metrics=BOTH, splits=HIDDEN, **paper("PIQA", 75.7, 75.5, 80.0)),
+         metrics=BOTH, splits=HIDDEN, short="PIQA"),
     # The choices are prompts: the score is that of the rest of the sentence.
     Task("winogrande", ("sentence", "option1", "option2", "answer"),
          hub=("allenai/winogrande", "winogrande_xl"), choices=winogrande_choices,
          gold=lambda doc: int(doc["answer"]) - 1,
          prompt=lambda doc: winogrande_choices(doc)[int(doc["answer"]) - 1],
          target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip(),
-         metrics=ACC, splits=HIDDEN, **paper("WG", 63.3, 68.0, 74.0)),
+         metrics=ACC, splits=HIDDEN, short="WG"),
     Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4,
          prompt="Question: {question}\nAnswer:".format_map, target=itemgetter("answer"),
          gold=gsm8k_gold, judge=gsm8k_judge, stop=("Question:", "</s>", "<|im_end|>"),
          metrics=("exact_match,strict-match", "exact_match,flexible-extract"),
-         splits=("train", "test"), **paper("GSM8K", 61.4, 63.9, 76.0)),
+         splits=("train", "test"), short="GSM8K"),
     Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None),
          prompt="Question: {Problem}\nAnswer:".format_map, choices=mathqa_choices,
-         gold=mathqa_gold, metrics=NORM, splits=TESTED, **paper("MathQA MQ", 35.0, 34.5, 39.4)),
+         gold=mathqa_gold, metrics=NORM, splits=TESTED, short="MathQA MQ"),
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
          prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=itemgetter("test"),
          program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
          stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), splits=("test", "test"),
-         shot_split=None, **paper("HumanEval HE", 47.6, 51.2, 58.5)),
-    # The paper says zero-shot, but its numbers need the harness's default of three fixed shots.
+         shot_split=None, short="HumanEval HE"),
+    # The paper says zero-shot, but its numbers need the harness's default of three fixed shots,
+    # which are the rows 2, 3 and 4 of the dataset.
     Task("mbpp", ("text", "code", "test_list"), hub=("google-research-datasets/mbpp", "full"),
          prompt=("You are an expert Python programmer, and here is your task: {text} Your code "
                  "should pass these tests:\n\n" + MBPP_TESTS + "\n[BEGIN]\n").format_map,
          target="{code}\n[DONE]".format_map, delimiter="", gold=MBPP_TESTS.format_map,
          program="{answer}\n" + MBPP_TESTS, stop=("[DONE]",), metrics=("pass_at_1",), shots=3,
-         fixed_shots=MBPP_SHOTS, first_shots=True, splits=TESTED,
-         **paper("MBPP", 50.0, 54.8, 59.8)),
-    swde("swde", str, **paper("SWDE", 86.4, 85.8, 91.1)),
+         shot_split="prompt", first_shot=1, splits=TESTED, short="MBPP"),
+    swde("swde", str, short="SWDE"),
     swde("swde_v1", str.strip),
     longbench("samsum", "Summarize the dialogue into a few short sentences. The following are some "
               "examples.", "rouge_score", lambda text, answer, doc: rouge_l(text, answer),
-              max_tokens=128, **paper("SAMSum", 42.5, 42.4, 43.9)),
+              max_tokens=128, short="SAMSum"),
     longbench("trec", "Please determine the type of the question below. Here are some examples of "
               "questions.", "classification_score",
               lambda text, answer, doc: class_score(doc["all_classes"], text, answer),
-              more=("all_classes",), max_tokens=64, **paper("TREC", 71.0, 72.0, 73.5)),
-    mmlu("econometrics", **paper("EC", 46.5, 39.5, 51.8)),
-    mmlu("marketing", **paper("MK", 83.3, 86.8, 88.9)),
+              more=("all_classes",), max_tokens=64, short="TREC"),
+    mmlu("econometrics", short="EC"),
+    mmlu("marketing", short="MK"),
     # The official 500 test items are reported; the search has the other 500, as in the paper. The
     # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
     Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
@@ -834,7 +807,7 @@ TASK_LIST = (
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"], gold=itemgetter("final_decision"),
          metrics=ACC, splits=("train+validation", "test"),
-         **paper("PM PubMedQA", 63.8, 69.8, 75.0)),
+         short="PM PubMedQA"),
 )
 
 
@@ -961,8 +934,8 @@ def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=F
         search, report = sample(both, len(both) // 2, seed)
     else:
         search, report = load_docs(task, searched, docs), load_docs(task, reported, test_docs)
-    seen = {repr(task.requests(doc, ())) for doc in report}
-    clean = [doc for doc in search if repr(task.requests(doc, ())) not in seen]
+    seen = {repr(task.requests(doc)) for doc in report}
+    clean = [doc for doc in search if repr(task.requests(doc)) not in seen]
     if not clean:
         raise UserError(f"{task.name}: every document to search on is also reported")
     chosen = sample(clean, size, seed)[0]
@@ -980,8 +953,8 @@ def draw_shots(task, docs, k, pool, searched=False):
 
     On a search split, and where the harness scores a validation split, one more is drawn and the
     document itself dropped, so that it is never its own example."""
-    pool, shots, draw = list(task.fixed_shots or pool or ()), [], random.Random(1234)
-    extra = k > 0 and not task.first_shots and (searched or task.splits[1] == "validation")
+    pool, shots, draw = pool[task.first_shot:], [], random.Random(1234)
+    extra = k > 0 and task.first_shot is None and (searched or task.splits[1] == "validation")
     if k + extra > len(pool):
         raise UserError(f"{task.name}: {k} shots cannot be taken from {len(pool)} documents")
 
@@ -990,7 +963,7 @@ def draw_shots(task, docs, k, pool, searched=False):
             searched and task.prompt(row) == task.prompt(doc))]
 
     for doc in docs:
-        drawn = pool[:k] if task.first_shots else draw.sample(pool, k + extra)
+        drawn = draw.sample(pool, k + extra) if task.first_shot is None else pool[:k]
         if extra:
             drawn = others(doc, drawn)[:k]
             if len(drawn) < k:          # copies of the document were drawn with it
@@ -1077,7 +1050,7 @@ class Prepared:
         self.of_doc, numbers, new = [], {}, []          # numbers: {request: its number}
         for i, doc in enumerate(docs):
             asked = [self._request(ask, doc, max_length(model) or math.inf)
-                     for ask in task.requests(doc, shots[i] if shots else None)]
+                     for ask in task.requests(doc, shots[i] if shots else ())]
             known = len(numbers)
             self.of_doc.append([numbers.setdefault(request, len(numbers)) for request in asked])
             new.append(range(known, len(numbers)))
@@ -1774,9 +1747,8 @@ def find_task(name, args):
 def prepare(task, docs, model, tokenizer, args, searched=False):
     """Documents of one split with their shots, tokenised and in batches."""
     count = task.shots if args.shots is None else args.shots
-    docs, pool = docs[: args.limit], ()
-    if count and not task.fixed_shots:
-        pool = load_docs(task, task.shot_split, args.shot_docs)
+    docs = docs[: args.limit]
+    pool = load_docs(task, task.shot_split, args.shot_docs) if count else []
     shots = draw_shots(task, docs, count, pool, searched)
     prepared = Prepared(task, docs, model, tokenizer, args.batch_size, shots, args.bos,
                         args.whole, args.max_gen_toks)
@@ -1789,6 +1761,8 @@ def prepare(task, docs, model, tokenizer, args, searched=False):
 def score_task(name, task, model, tokenizer, args, path):
     """Score one task, print its line, write its items to `path`, if given -> the result, a dict."""
     split = task.splits[1] if task.hub else name
+    paper = read_json(PAPER)["tables"].get(f"Table 1, {Path(args.model).name}", {})
+    paper = paper.get(task.name, {}).get("base")
     docs = (load_docs(task, split, args.docs) if task.hub
             else file_task(item_file(name, "test"))[1])
     prepared = prepare(task, docs, model, tokenizer, args)
@@ -1797,7 +1771,6 @@ def score_task(name, task, model, tokenizer, args, path):
     if task.program:
         log(f"programs run behind a fence: {fence()}")
     score = evaluate(model, prepared, args.metric, args.allow_code_execution)
-    paper = (task.paper or {}).get(Path(args.model).name)
     result = {"task": name, "split": split, "n": score.n, "metric": score.metric,
               "value": score.mean(), "stderr": score.stderr(),
               "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper,

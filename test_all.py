@@ -41,7 +41,7 @@ import kernels
 import linear_attn
 import replace
 from eval import (
-    CHOICE_FILE, GENERATE_FILE, MBPP_SHOTS, TASKS, draw_shots, file_task, gsm8k_bare, gsm8k_judge,
+    CHOICE_FILE, GENERATE_FILE, TASKS, draw_shots, file_task, gsm8k_bare, gsm8k_judge,
     hellaswag_clean, load_docs, mathqa_choices, rouge_l, run_program, split_docs)
 from linear_attn import MIXERS, UserError, attention_modules, swap
 
@@ -1526,7 +1526,9 @@ def test_harness_functions():
         pool = [{"i": i} for i in range(int(draws.split(",")[0].split("=")[1]))]
         got = draw_shots(TASKS["gsm8k"], [{}] * len(want), 4, pool)
         assert [[row["i"] for row in shots] for shots in got] == want
-    for shot, want in zip((MBPP_SHOTS[0], MBPP_SHOTS[2]), golden["mbpp_fewshot_samples"]):
+    prompts = load_docs(TASKS["mbpp"], "prompt", SHARED / "data/mbpp/prompt.jsonl")
+    (shots,) = draw_shots(TASKS["mbpp"], [{}], 3, prompts)
+    for shot, want in zip(shots[::2], golden["mbpp_fewshot_samples"], strict=True):
         assert (sha(shot["text"]), sha(shot["code"])) == (want["text_sha256"], want["code_sha256"])
 
 
@@ -1693,7 +1695,7 @@ def test_named_tasks_come_before_files(tmp_path, monkeypatch):
     """A folder or a file called like a task hid it; the paper's short names are known too."""
     assert len(TASKS) == 19 and TASKS["arcc"] is TASKS["arc_challenge"]
     for name in "ArcC ArcE BQ CQ HS OBA PIQA WG GSM8K MQ HE MBPP SWDE SAMSum TREC EC MK PM".split():
-        assert len(TASKS[name].paper) == 3
+        assert TASKS[name].name in replace.PAPER.read_text()
     with pytest.raises(UserError, match="arc_challenge"):
         TASKS["arc"]
     monkeypatch.chdir(tmp_path)
@@ -1793,10 +1795,10 @@ def test_shots():
     for mine in draw_shots(TASKS["gsm8k"], [pool[0]] * 20, 5, twins, searched=True):
         assert len(mine) == 5 and "0" not in [row["question"] for row in mine]
     assert draw_shots(TASKS["MK"], pool, 2, pool) == [pool[:2]] * 6
-    assert draw_shots(TASKS["mbpp"], [{}], 2, None) == [list(MBPP_SHOTS[:2])]
-    for name, k in (("HE", 1), ("mbpp", 4), ("gsm8k", 7)):
+    assert draw_shots(TASKS["mbpp"], [{}], 2, pool) == [pool[1:3]]
+    for name, k in (("HE", 1), ("mbpp", 6), ("gsm8k", 7)):
         with pytest.raises(UserError, match="shots cannot"):
-            draw_shots(TASKS[name], pool, k, None if name == "HE" else pool)
+            draw_shots(TASKS[name], pool, k, [] if name == "HE" else pool)
     unsolved = dict(MATHQA, options="a ) 1 , b ) 2 ")       # the fifth option is right
     with pytest.raises(UserError, match="cannot be a shot"):
         TASKS["MathQA"].requests(MATHQA, [unsolved])
@@ -1965,7 +1967,8 @@ def test_no_fence_no_programs(kind, tmp_path, monkeypatch):
 def test_code_scores():
     """A model's programs would run without leave, or other programs than the harness runs."""
     doc = {"prompt": "def f():\n", "test": "def check(f): assert f() == 1", "entry_point": "f"}
-    humaneval, mbpp, shot = TASKS["HE"], TASKS["mbpp"], MBPP_SHOTS[1]
+    humaneval, mbpp, shot = TASKS["HE"], TASKS["mbpp"], dict(
+        text="Return 2.", code="def g():\n    return 2", test_list=["assert g() == 2"] * 3)
     for task, item in ((humaneval, doc), (mbpp, shot)):
         with pytest.raises(UserError, match="--allow-code-execution"):
             task.score(item, ["    return 1"])
