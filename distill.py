@@ -3,6 +3,7 @@
     python distill.py                                           # the demo: offline, CPU
     python distill.py --model Qwen/Qwen2.5-1.5B --attn jet --out runs/jet       # the paper's mix
     python distill.py --model M --data corpus.jsonl --attn gdn --tokens 1000000 --out runs/gdn
+    python distill.py --finetune pubmedqa --model runs/s/opt --out runs/tuned   # Figure 5
     torchrun --nproc-per-node 8 distill.py --model M --out runs/gdn     # 8 processes share a batch
 
 At every layer l the linear module gets the hidden states that the teacher's attention module gets,
@@ -13,10 +14,14 @@ so one teacher forward serves all layers, and layers that are distilled apart (-
 --out, which replace.py takes as --blocks, gets layer_NNN.safetensors (the modules), distill.json
 (settings, errors, cost), log.jsonl (losses) and held_out.safetensors (text that is never trained
 on). After a kill, --resume continues from the last checkpoint and ends in the same tensors.
+
+--finetune trains a hybrid of replace.py, or its base model, on a task's training split, and scores
+it before and after: --out gets finetune.json, log.jsonl and the model, an ordinary checkpoint.
 """
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -36,20 +41,24 @@ from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from eval import (
-    DEMO, DEMO_TASKS, ArgumentParser, UserError, add_model_flags, add_up, attention_modules, blame,
-    claim_dir, command_line, digest, fingerprint, finish, gather, join_ranks, layer_file,
-    load_model, log, max_length, parse_layers, positive, progress, rank, read_docs, read_run,
-    run_script, versions, world_size, write_atomic, write_json, write_lines)
-from linear_attn import MIXERS
+    DEMO, DEMO_TASKS, NEVER, ArgumentParser, Row, UserError, add_model_flags, add_task_flags,
+    add_up, attention_modules, blame, claim_dir, command_line, cut, digest, evaluate_hybrids,
+    fingerprint, finish, gather, join_ranks, layer_file, load_model, log, max_length, parse_layers,
+    positive, prepare, progress, rank, read, read_docs, read_run, run_script, search_documents,
+    versions, world_size, write_atomic, write_directory, write_json, write_lines)
+from linear_attn import MIXERS, linear_layers
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
 PAPER_MIX = ("nvidia/Nemotron-CC-v2:High-Quality@0.5,zjsd/RedStone-QA-mcq@0.25,"
              "zjsd/RedStone-QA-oq@0.25")
 
 BETAS, FINAL_LR, WARMUP, CLIP = (0.9, 0.95), 0.01, (5, 50), 1.0
+LR, TUNING_LR = 1e-3, 2e-5              # at a width of 1,536 or more, see peak_rate
 SOLVE_BATCHES, SOLVE_TOKENS = 8, 32     # o_proj is solved on 8 batches, or 32 tokens per feature
 HELD_OUT, STREAM_BLOCK = 32, 1024       # chunks; a stream is shuffled block by block
 CHECKPOINTS, LOG_EVERY = 20, 10         # per run; steps
+ROWS = 8                                # sequences that fine-tuning reads at a time
+RECORDS, MODEL = ("finetune.json", "distill.json"), "model"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,6 +120,12 @@ def train_step(model, mixers, optimizers, batch, lr):
     return losses
 
 
+def peak_rate(model, rate):
+    """A narrower model learns best at a higher rate: at width 64, distillation did at 1e-2."""
+    width = model.config.get_text_config(decoder=True).hidden_size
+    return rate * max(1.0, 1536 / width) ** 0.75
+
+
 def learning_rate(step, steps, peak):
     """Linear warm-up over a tenth of the steps, but 5 to 50, since Adam's first steps move every
     weight by the full rate; then a cosine from `peak` to FINAL_LR * peak."""
@@ -131,9 +146,9 @@ def make_mixers(model, attn, layers, init, seed):
             .float().requires_grad_(True) for layer in layers}
 
 
-def make_optimizers(mixers):
-    return {layer: torch.optim.AdamW(mixer.parameters(), lr=0.0, betas=BETAS, weight_decay=0,
-                                     fused=True) for layer, mixer in mixers.items()}
+def make_optimizers(modules):
+    return {name: torch.optim.AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=0,
+                                    fused=True) for name, module in modules.items()}
 
 
 @torch.no_grad()
@@ -208,14 +223,15 @@ def held_out_error(model, mixers, chunks, batch_size):
             for layer, row in zip(mixers, columns.tolist())}
 
 
-def finite_losses(losses, mixers, step):
-    """{layer: loss} as numbers. Raises FloatingPointError where a loss or a weight is not finite,
+def finite_losses(losses, modules, step):
+    """{name: loss} as numbers. Raises FloatingPointError where a loss or a weight is not finite,
     since a finite loss can have a gradient that is not."""
-    for layer, loss in losses.items():
-        if not torch.stack([t.isfinite().all() for t in (loss, *mixers[layer].parameters())]).all():
-            raise FloatingPointError(f"the loss or the weights of layer {layer} are not finite "
-                                     f"after step {step}; try a smaller --lr")
-    return {layer: loss.item() for layer, loss in losses.items()}
+    for name, loss in losses.items():
+        if not torch.stack([t.isfinite().all() for t in (loss, *modules[name].parameters())]).all():
+            what = "the model" if name == MODEL else f"layer {name}"
+            raise FloatingPointError(f"the loss or the weights of {what} are not finite after step "
+                                     f"{step}; try a smaller --lr")
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,35 +348,36 @@ def save_tensors(path, tensors, metadata=None):
     write_atomic(path, lambda p: save_file(tensors, p, metadata))
 
 
-def save_checkpoint(out, state, mixers, optimizers):
+def save_checkpoint(out, state, modules, optimizers):
     """Write everything that a resume needs into one file: weights, Adam's moments, `state` and the
     length of log.jsonl."""
     if rank() > 0:      # all processes hold equal weights
         return
     tensors = {}
-    for layer, mixer in mixers.items():
-        for name, parameter in mixer.named_parameters():
-            adam = optimizers[layer].state[parameter]           # empty before the first step
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters():
+            adam = optimizers[module_name].state[parameter]     # empty before the first step
             for key, tensor in {"weight": parameter, **adam}.items():
-                tensors[f"{layer} {name} {key}"] = tensor
+                tensors[f"{module_name} {name} {key}"] = tensor
     state = {**state, "log_bytes": (out / "log.jsonl").stat().st_size}
     save_tensors(out / "checkpoint.safetensors", tensors, {"state": json.dumps(state)})
 
 
 @torch.no_grad()
-def load_checkpoint(out, mixers, optimizers):
+def load_checkpoint(out, modules, optimizers):
     """Restore weights and Adam's moments -> the saved `state`, or None without a checkpoint."""
     if not (out / "checkpoint.safetensors").exists():
         return None
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         state = json.loads(file.metadata()["state"])
-        for name in file.keys():
-            layer, parameter, key = name.split()
-            parameter, tensor = mixers[int(layer)].get_parameter(parameter), file.get_tensor(name)
+        for module_name, name, key in map(str.split, file.keys()):
+            tensor = file.get_tensor(f"{module_name} {name} {key}")
+            module_name = int(module_name) if module_name.isdigit() else module_name
+            parameter = modules[module_name].get_parameter(name)
             if key == "weight":
                 parameter.copy_(tensor)
             else:
-                optimizers[int(layer)].state[parameter][key] = tensor.to(parameter.device)
+                optimizers[module_name].state[parameter][key] = tensor.to(parameter.device)
     if rank() == 0:
         os.truncate(out / "log.jsonl", state["log_bytes"])      # the later steps run again
     return state
@@ -374,13 +391,20 @@ def write_log(out, event, step, **values):
             os.fsync(file.fileno())
 
 
+def remove_checkpoints(out):
+    if rank() == 0:
+        for path in Path(out).glob("*checkpoint*"):     # a kill may have left half of one
+            path.unlink()
+
+
 def open_run(args, settings):
     """Make or reopen the run directory -> (path, its record). Raises UserError for another run."""
-    out = claim_dir(args.out, foreign=("config.json", "result.json", "search.jsonl"))
-    record, settings = read_run(out), json.loads(json.dumps(settings))
+    mine, other = RECORDS if args.finetune else RECORDS[::-1]
+    out = claim_dir(args.out, foreign=("config.json", "result.json", "search.jsonl", other))
+    record, settings = read_run(out, mine), json.loads(json.dumps(settings))
     if record is None:
         record = {"finished": False, "command": command_line(), **settings}
-        write_json(out / "distill.json", record)
+        write_json(out / mine, record)
     for key, value in settings.items():
         if key != "versions" and record.get(key) != value:
             raise UserError(f"{out} belongs to another run: its {key} is {record.get(key)}.")
@@ -429,10 +453,8 @@ def make_demo():
     """Write the teacher (trained once, about 70 s), its corpus and the tasks' items -> its path."""
     if not (DEMO / "teacher" / "config.json").exists():
         log("demo: training a tiny Llama to copy and to follow a chain (once)")
-        building = DEMO / "teacher.building"
-        train_demo_teacher().save_pretrained(building)
-        demo_tokenizer().save_pretrained(building)
-        os.replace(building, DEMO / "teacher")
+        parts = train_demo_teacher(), demo_tokenizer()
+        write_directory(DEMO / "teacher", lambda p: [part.save_pretrained(p) for part in parts])
     rng = random.Random(1)
     corpus = demo_rows("copy", 6000, rng) + demo_rows("chain", 2000, rng)
     rng.shuffle(corpus)
@@ -476,11 +498,32 @@ def demo_tokenizer():
 # ------------------------------------------------------------------------------------------------
 # All of phase 1
 
+def train(out, state, modules, optimizers, args, steps, stream, update):
+    """Run the steps that `state` has not seen: update(batch, lr) -> {name of a module: loss}.
+    Logs the losses, and saves checkpoints; state["seconds"] is the time of all steps."""
+    first, began = state["step"], time.perf_counter() - state["seconds"]
+    every = max(1, steps // CHECKPOINTS)
+    bar = progress(range(first, steps), initial=first, total=steps, unit="step",
+                   desc="fine-tune" if args.finetune else "distill")
+    for step, batch in zip(bar, stream):
+        lr = learning_rate(step, steps, args.lr)
+        losses, step = update(batch, lr), step + 1
+        report, save = (step % n == 0 or step == steps for n in (LOG_EVERY, every))
+        if report or save:      # only here does the host wait for the GPU
+            losses = finite_losses(losses, modules, step)
+        if report:
+            bar.set_postfix(loss=f"{sum(losses.values()) / len(losses):.3e}")
+            write_log(out, "train", step, lr=lr, loss=losses)
+        if save:
+            state |= {"step": step, "seconds": time.perf_counter() - began}
+            save_checkpoint(out, state, modules, optimizers)
+
+
 def distill(model, mixers, corpus, args, out, record):
     """Solve, train, solve, measure and save the modules, from the checkpoint in `out` if there is
     one; `record` gets the errors and the cost."""
     steps = max(1, args.tokens // (args.batch_size * args.seq_len))
-    every, optimizers = max(1, steps // CHECKPOINTS), make_optimizers(mixers)
+    optimizers = make_optimizers(mixers)
     state = load_checkpoint(out, mixers, optimizers)
     if state is None:
         if args.init == "inherit":
@@ -489,21 +532,9 @@ def distill(model, mixers, corpus, args, out, record):
         state = {"step": 0, "seconds": 0.0, "start": start}
         write_log(out, "held-out", 0, errors=start)
         save_checkpoint(out, state, mixers, optimizers)
-    first, began = state["step"], time.perf_counter() - state["seconds"]
-    stream = batches(corpus, args, first)
-    bar = progress(range(first, steps), initial=first, total=steps, desc="distill", unit="step")
-    for step, batch in zip(bar, stream):
-        lr = learning_rate(step, steps, args.lr)
-        losses, step = train_step(model, mixers, optimizers, batch, lr), step + 1
-        report, save = (step % n == 0 or step == steps for n in (LOG_EVERY, every))
-        if report or save:      # only here does the host wait for the GPU
-            losses = finite_losses(losses, mixers, step)
-        if report:
-            bar.set_postfix(loss=f"{sum(losses.values()) / len(losses):.3e}")
-            write_log(out, "train", step, lr=lr, loss=losses)
-        if save:
-            state |= {"step": step, "seconds": time.perf_counter() - began}
-            save_checkpoint(out, state, mixers, optimizers)
+    stream = batches(corpus, args, state["step"])
+    train(out, state, mixers, optimizers, args, steps, stream,
+          lambda batch, lr: train_step(model, mixers, optimizers, batch, lr))
     optimizers.clear()              # they are on disk, and the solve needs their memory
     if args.init == "inherit":      # Adam's steps are coarse for o_proj: fit it to the new features
         solve_o_proj(model, mixers, stream)
@@ -519,10 +550,13 @@ def distill(model, mixers, corpus, args, out, record):
     tokens = steps * args.batch_size * args.seq_len
     write_json(out / "distill.json", {
         **record, "held_out": {"start": state["start"], "end": end},
-        "cost": {"seconds": state["seconds"], "tokens": tokens,
-                 "tokens_per_second": tokens / state["seconds"], "ranks": world_size(),
-                 "peak_memory": peak_memory(model.device), "device": str(model.device)},
+        "cost": cost_of(state["seconds"], tokens, model.device),
         "skipped_rows": corpus.skipped, "finished": True})
+
+
+def cost_of(seconds, tokens, device):
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "ranks": world_size(), "peak_memory": peak_memory(device), "device": str(device)}
 
 
 def peak_memory(device):
@@ -531,6 +565,128 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ------------------------------------------------------------------------------------------------
+# Fine-tuning on a task (Figure 5). Its loss is computed by the function that scores
+
+def solved_requests(task, docs, model, tokenizer, args):
+    """The Request of each document with its right answer, tokenised as it is scored. Where the
+    model writes the answer, it is the text that a shot shows, and then the end of the text."""
+    def answer(doc):
+        text = task.target(doc) if task.target else task.gold(doc)
+        return (text[0] if isinstance(text, list) else text) + (tokenizer.eos_token or "")
+
+    if not task.choices:
+        solved = dataclasses.replace(task, target=None, choices=lambda doc: [answer(doc)],
+                                     gold=lambda doc: 0)
+    else:
+        solved = task
+    prepared = prepare(solved, docs, model, tokenizer, args)
+    right = map(solved.right, prepared.docs)
+    return [prepared.requests[numbers[choice]]
+            for numbers, choice in zip(prepared.of_doc, right) if choice is not NEVER]
+
+
+def tuning_step(model, trained, optimizer, requests, lr, half):
+    """One update on `requests` -> {MODEL: mean loss over the tokens of their answers}. Only a few
+    rows are read at a time; under torchrun the processes share them. Gradients add up."""
+    loss, total = torch.zeros((), device=model.device), sum(r.scored for r in requests)
+    mine = requests[rank()::world_size()]
+    rows = [Row(0, len(request.tokens) - 1, [i]) for i, request in enumerate(mine)]
+    for part in cut(model, rows, ROWS):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            part_loss = -read(model, mine, part)[1].sum() / total
+        part_loss.backward()
+        loss += part_loss.detach()
+    if world_size() > 1:
+        sums = [*(parameter.grad for parameter in trained), loss]
+        vector_to_parameters(add_up(parameters_to_vector(sums)), sums)
+    clip_grad_norm_(trained, CLIP)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)      # for the exchange each process has each gradient
+    return {MODEL: loss}
+
+
+def tuning_batches(requests, args, first=0):
+    """Lists of --batch-size requests, from step `first` on, without end, shuffled in each epoch."""
+    order = shuffled(itertools.cycle(requests), len(requests), args.seed)
+    order = itertools.islice(order, first * args.batch_size, None)
+    while True:
+        yield list(itertools.islice(order, args.batch_size))
+
+
+def tune(model, module, requests, score, args, out, record):
+    """Train `module`, the model or its linear layers, from the checkpoint in `out` if there is one,
+    and save the model; `record` gets what score() gives before and after, and the cost."""
+    steps, half = math.ceil(args.epochs * len(requests) / args.batch_size), model.dtype.itemsize < 4
+    state = None
+    if not (out / "checkpoint.safetensors").exists():
+        state = {"step": 0, "seconds": 0.0, "before": score()}
+        write_log(out, "before", 0, score=state["before"])
+    trained = list(module.requires_grad_(True).parameters())
+    dtypes = [parameter.dtype for parameter in trained]
+    for parameter in trained:           # bf16 would lose small updates
+        parameter.data = parameter.data.float()
+        parameter.grad = torch.zeros_like(parameter)
+    modules, optimizers = {MODEL: module}, make_optimizers({MODEL: module})
+    state = load_checkpoint(out, modules, optimizers) or state
+    train(out, state, modules, optimizers, args, steps,
+          tuning_batches(requests, args, state["step"]), lambda batch, lr:
+          tuning_step(model, trained, optimizers[MODEL], batch, lr, half))
+    optimizers.clear()
+    for parameter, dtype in zip(trained, dtypes):       # the saved numbers are the ones scored
+        parameter.grad, parameter.data = None, parameter.data.to(dtype)
+    module.requires_grad_(False)
+    after = score()
+    write_log(out, "after", steps, score=after)
+    seen = itertools.islice(tuning_batches(requests, args), steps)
+    tokens = sum(len(request.tokens) - 1 for batch in seen for request in batch)
+    if rank() == 0:
+        write_json(out / RECORDS[0], {
+            **record, "before": state["before"], "after": after, "finished": True,
+            "cost": cost_of(state["seconds"], tokens, model.device)})
+
+
+def finetune(args):
+    """All of --finetune, from flags to files -> the run's record."""
+    task, metric, docs = search_documents(args, train=True)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    linear, attention = linear_layers(model), attention_modules(model)
+    if args.train == "linear" and not linear:
+        raise UserError(f"--train linear: {args.model} has no linear layers.")
+    requests = solved_requests(task, docs["validation"], model, tokenizer, args)
+    reported = prepare(task, docs["test"], model, tokenizer, args) if "test" in docs else None
+    args.lr = args.lr or peak_rate(model, TUNING_LR)
+    settings = {
+        "model": args.model, "model_fingerprint": fingerprint(model), "linear_layers": linear,
+        "base_model": getattr(model.config, "base_model", None) or args.model,
+        "mixer": ",".join(sorted(set(model.config.linear_attn))) if linear else None,
+        "task": args.finetune, "metric": metric, "split": task.splits[1] if task.hub else args.test,
+        "train": args.train, "seed": args.seed, "documents": len(requests),
+        "data_fingerprint": digest(requests, reported and reported.fingerprint()),
+        "recipe": {"lr": args.lr, "final_lr": FINAL_LR, "warmup": WARMUP, "betas": BETAS,
+                   "clip": CLIP, "epochs": args.epochs, "batch_size": args.batch_size,
+                   "dtype": str(model.dtype)},
+        "versions": versions()}
+
+    def score():
+        if reported is None:        # a file without --test
+            return None
+        scores = evaluate_hybrids(model, reported, {}, [()], metric, args.allow_code_execution,
+                                  plain=True)
+        return scores and {"score": scores[0].mean(), "stderr": scores[0].stderr(),
+                           "n": scores[0].n}
+
+    out, record = gather(open_run(args, settings) if rank() == 0 else None)[0]
+    if not record["finished"]:
+        module = model if args.train == "all" else torch.nn.ModuleList(attention[i] for i in linear)
+        tune(model, module, requests, score, args, out, record)
+        if rank() == 0:
+            write_directory(out / MODEL, lambda path: (model.save_pretrained(path),
+                                                       tokenizer.save_pretrained(path)))
+    return gather(read_run(out, RECORDS[0]))[0]
 
 
 def parse_args():
@@ -546,12 +702,19 @@ def parse_args():
     add("--text-column", default="text", help="one for all datasets, or one each")
     add("--tokens", type=positive(int), default=100_000_000, help="paper: 100 M")
     add("--seq-len", type=positive(int), default=512, help="tokens per chunk")
-    add("--batch-size", type=positive(int), default=32, help="chunks per step, over all processes")
-    add("--lr", type=positive(float), help="peak learning rate (default: 1e-3, for models narrower "
-        "than 1,536 times (1536 / width)^0.75)")
-    add("--seed", type=int, default=0)
+    add("--lr", type=positive(float), help="peak learning rate (default: 1e-3, for --finetune "
+        "2e-5; in models narrower than 1,536 times (1536 / width)^0.75)")
     add("--out", help="the run directory")
     add("--resume", action="store_true", help="continue the run in --out")
+    add("--finetune", metavar="TASK", help="no distillation: train --model on the training split "
+        "of a named task, or on a .jsonl file, and score it before and after")
+    add = parser.add_argument_group("fine-tuning and its scores").add_argument
+    add("--train", choices=("all", "linear"), default="all", help="all weights, or linear layers")
+    add("--epochs", type=positive(float), default=3.0)
+    add("--test", help=".jsonl file to score, if --finetune is a file")
+    add("--test-docs", help="local file of the documents that a named task scores")
+    add_task_flags(parser)
+    parser.set_defaults(batch_size=32, search_size=sys.maxsize, paper_splits=False)
     return parser.parse_args()
 
 
@@ -559,7 +722,8 @@ def main():
     args = parse_args()
     torch.set_float32_matmul_precision("highest")       # TF32 is too coarse for the closed form
     join_ranks(args.device)
-    demo = args.model is None
+    demo = args.model is None and not args.finetune
+    args.task = args.finetune
     if demo:
         log("demo: distills a tiny Llama; --model, --data and --out distill anything else")
         args.model, args.data = str(make_demo()), str(DEMO / "train.jsonl")
@@ -567,8 +731,18 @@ def main():
         args.tokens, args.seq_len, args.batch_size = 300_000, 48, 64    # a minute on a CPU
     if args.out is None:
         raise UserError("--out is missing: the directory that this run is to be saved in.")
-    if read_run(args.out) and not args.resume:
+    if any(read_run(args.out, name) for name in RECORDS) and not args.resume:
         raise UserError(f"{args.out} holds a run: add --resume to continue it.")
+    if args.finetune:
+        if args.model is None or args.data or args.layers:
+            raise UserError("--finetune needs a --model, and takes no --data and no --layers.")
+        record = finetune(args)
+        remove_checkpoints(args.out)
+        for when in ("before", "after") if record["after"] else ():
+            log(f"{record['metric']} on {record['split']} {when} fine-tuning: " + "{score:.4f} +- "
+                "{stderr:.4f} (n = {n})".format_map(record[when]))
+        return finish({"out": args.out, **record}, f"python eval.py --model {args.out}/{MODEL} "
+                      f"--task {args.test or args.finetune}")
     if args.data is None and Path(args.model).exists():
         raise UserError("--data is missing: a local file with text, or Hub datasets.")
     if args.batch_size % world_size():
@@ -580,8 +754,7 @@ def main():
     layers = parse_layers(args.layers, count) if args.layers else list(range(count))
     if args.seq_len > (max_length(model) or math.inf):
         raise UserError(f"--seq-len is beyond the model's context of {max_length(model)} tokens.")
-    width = model.config.get_text_config(decoder=True).hidden_size
-    args.lr = args.lr or 1e-3 * max(1.0, 1536 / width) ** 0.75      # at width 64, 1e-2 was best
+    args.lr = args.lr or peak_rate(model, LR)
     mixers = make_mixers(model, args.attn, layers, args.init, args.seed)
     corpus = open_corpus(args, tokenizer)
     settings = {
@@ -596,9 +769,7 @@ def main():
     if not record["finished"]:
         distill(model, mixers, corpus, args, out, record)
         record = gather(read_run(out))[0]       # rank 0 brings it when everything is saved
-    if rank() == 0:
-        for path in out.glob("*checkpoint*"):   # a kill may have left half of one
-            path.unlink()
+    remove_checkpoints(out)
     start, end, cost = record["held_out"]["start"], record["held_out"]["end"], record["cost"]
     log("layer |     MSE at start -> end      | relative MSE start -> end | cosine start -> end")
     for layer, a in start.items():

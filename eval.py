@@ -21,6 +21,7 @@ import ast
 import collections
 import contextlib
 import copy
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -35,6 +36,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +44,6 @@ import tempfile
 import time
 import timeit
 import warnings
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -226,6 +227,15 @@ def versions():
             "python": sys.version.split()[0], "code": digest(code)}
 
 
+def write_directory(path, write):
+    """Like write_atomic, for a directory."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
 def claim_dir(path, foreign=()):
     """Make the output directory and keep other runs out of it until the script ends. Raises
     UserError where one is at work, and where one of the files `foreign` shows another use."""
@@ -291,11 +301,15 @@ def add_up(tensor):
     return tensor
 
 
-def search_documents(args):
+def search_documents(args, train=False):
     """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
-    task file came without --test}) of replace.py's flags. Raises UserError."""
+    task file came without --test}) of replace.py's flags. With `train`, for distill.py --finetune,
+    the former are the whole train split. Raises UserError."""
     task = find_task(args.task, args)
-    metric = args.metric or task.metric
+    if train and task.hub:
+        if task.splits[0] == task.splits[1]:
+            raise UserError(f"{task.name} has one split, so there is nothing to train on.")
+        task = dataclasses.replace(task, splits=("train", task.splits[1]))
     if args.test and (task.hub or args.task in DEMO_TASKS):
         raise UserError("--test goes with a --task that is a file; a named task has its own.")
     if task.hub:
@@ -303,12 +317,12 @@ def search_documents(args):
                                                args.search_size, args.paper_splits)
         for note in notes:
             log(f"{task.name}: {note}")
-        return task, metric, {"validation": searched, "test": reported}
+        return task, args.metric or task.metric, {"validation": searched, "test": reported}
     names = {"validation": args.task, "test": args.task if args.task in DEMO_TASKS else args.test}
     found = {split: file_task(item_file(name, split)) for split, name in names.items() if name}
     if any(other is not task for other, _ in found.values()):
         raise UserError(f"{args.test} and {args.task} are not items of one kind.")
-    return task, metric, {split: docs for split, (_, docs) in found.items()}
+    return task, args.metric or task.metric, {split: docs for split, (_, docs) in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -437,9 +451,9 @@ def layer_file(out, layer):
     return Path(out) / f"layer_{layer:03d}.safetensors"
 
 
-def read_run(out):
-    """distill.json of a run directory, or None where there is none. Raises UserError."""
-    path = Path(out) / "distill.json"
+def read_run(out, name="distill.json"):
+    """The record of a run directory, or None where there is none. Raises UserError."""
+    path = Path(out) / name
     return read_json(path) if path.is_file() else None
 
 
@@ -480,7 +494,7 @@ PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every 
 NEVER = "none of the choices"  # the gold answer of an item that no model can get right
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """One benchmark. The functions take a document; without `choices` the model writes text."""
 
@@ -939,9 +953,9 @@ def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=F
     if not clean:
         raise UserError(f"{task.name}: every document to search on is also reported")
     chosen = sample(clean, size, seed)[0]
-    notes = [f"searching on {len(chosen)} of {len(search)} documents, {len(report)} are reported"]
+    notes = [f"{len(chosen)} of {len(search)} documents are used, {len(report)} are reported"]
     if len(clean) < len(search):
-        notes.append(f"left out of the search: {len(search) - len(clean)} that are reported too")
+        notes.append(f"left out: {len(search) - len(clean)} that are reported too")
     if len(chosen) < 100:
         notes.append(f"with {len(chosen)} documents, one is worth {100 / len(chosen):.1f} points: "
                      "layers will tie, and their order is little more than chance")
@@ -1350,7 +1364,7 @@ def fence():
 # ------------------------------------------------------------------------------------------------
 # Scores, of a model or of several hybrids that share their lower layers
 
-@dataclass
+@dataclasses.dataclass
 class Score:
     """A model's score on a task: the mean of `metric` over n items, and every item's values."""
     metric: str
@@ -1711,7 +1725,8 @@ def add_throughput_flags(parser):
 def add_task_flags(parser):
     add = parser.add_argument
     add("--metric", help="report this metric of the task, not its usual one")
-    add("--batch-size", type=positive(int), default=16, help="sequences at a time")
+    add("--batch-size", type=positive(int), default=16,
+        help="sequences at a time, or in a step of training")
     add("--limit", type=positive(int), help="score only the first N documents")
     add("--docs", help="a named task's documents, scored or searched on, as a local file (.jsonl, "
         ".jsonl.gz, .parquet)")
@@ -1720,7 +1735,7 @@ def add_task_flags(parser):
     add("--max-gen-toks", type=positive(int), help="tokens to write (default: the task's number)")
     add("--bos", action=argparse.BooleanOptionalAction, help="force a BOS token on or off")
     add("--whole", action="store_true", help="run every context + choice whole, like the harness")
-    add("--seed", type=int, default=0, help="of the search split's draw")
+    add("--seed", type=int, default=0, help="of every random draw")
     add("--allow-code-execution", action="store_true", help="run programs that the model writes, "
         "behind a fence of limits, which is not a jail")
 

@@ -621,10 +621,11 @@ def hybrid_class(base):
     """HybridXxx for a class Xxx of transformers, a config or a model."""
     name, members = f"Hybrid{base.__name__}", {"__module__": __name__}
     if name.endswith("Config"):
-        types = {"linear_attn": str | list, "linear_layers": list, "linear_init": str | list}
+        types = {"linear_attn": str | list, "linear_layers": list, "linear_init": str | list,
+                 "base_model": str | None}
         return type(name, (base,), members | {
             "model_type": MODEL_TYPE_PREFIX + base.model_type, "_auto_class": "AutoConfig",
-            "linear_attn": "gdn", "linear_layers": (), "linear_init": "inherit",
+            "linear_attn": "gdn", "linear_layers": (), "linear_init": "inherit", "base_model": None,
             "__annotations__": types})
     return type(name, (HybridMixin, base, GenerationMixin), members | {
         "config_class": hybrid_class(base.config_class), "_auto_class": "AutoModelForCausalLM"})
@@ -658,7 +659,8 @@ def save_hybrid(model, directory, tokenizer=None):
         check_savable(model)
         mixers = [attention_modules(model)[i] for i in layers]
         names = {mixer: name for name, mixer in MIXERS.items()}
-        fields = {"linear_layers": layers, "linear_init": [mixer.init for mixer in mixers],
+        fields = {"base_model": model.config._name_or_path, "linear_layers": layers,
+                  "linear_init": [mixer.init for mixer in mixers],
                   "linear_attn": [names[type(mixer)] for mixer in mixers]}
         model.__class__ = hybrid_class(classes[0])      # the weights are not copied
         model.config.__class__ = model.config_class

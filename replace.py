@@ -305,20 +305,22 @@ def save_model(scores, layers, tokenizer, path, dtype, result):
     """Save the hybrid with `layers` linear; a kill leaves the old directory or the new one. Numbers
     are stored in `dtype`, but for those that transformers keeps in fp32; that loses nothing, since
     a wider model was loaded from `dtype`."""
-    model, building = scores.model, path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
+    model = scores.model
+
+    def write(folder):
+        save_hybrid(model, folder, tokenizer)
+        card = model_card(scores, layers, result)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
     with replaced(model, scores.mixers, layers):
         kept, before = model._keep_in_fp32_modules_strict or (), model.dtype
         cast = [parameter for name, parameter in model.named_parameters()
                 if parameter.dtype == before and not any(part in name for part in kept)]
         for parameter in cast:
             parameter.data = parameter.data.to(dtype)
-        save_hybrid(model, building, tokenizer)
+        evaluation.write_directory(path, write)
         for parameter in cast:
             parameter.data = parameter.data.to(before)
-    (building / "README.md").write_text(model_card(scores, layers, result), encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(building, path)
 
 
 def model_card(scores, layers, result):

@@ -1463,7 +1463,10 @@ def test_harness_case(case):
     """A prompt, a stop string or a score that differs makes numbers that cannot be compared."""
     task, doc = TASKS[HARNESS_NAME.get(case["task"], case["task"])], case["doc"]
     task.check(doc)
-    shots = None
+    shots = ()
+    if case["task"] == "mbpp":
+        prompts = load_docs(task, "prompt", SHARED / "data/mbpp/prompt.jsonl")
+        (shots,) = draw_shots(task, [doc], 3, prompts)
     if "fewshot_docs" in case:  # the draws of the documents before this one come first
         before = [{"question": i} for i in range(case["doc_index"])]
         shots = draw_shots(task, [*before, doc], case["shots"], case["fewshot_docs"])[-1]
@@ -1526,10 +1529,6 @@ def test_harness_functions():
         pool = [{"i": i} for i in range(int(draws.split(",")[0].split("=")[1]))]
         got = draw_shots(TASKS["gsm8k"], [{}] * len(want), 4, pool)
         assert [[row["i"] for row in shots] for shots in got] == want
-    prompts = load_docs(TASKS["mbpp"], "prompt", SHARED / "data/mbpp/prompt.jsonl")
-    (shots,) = draw_shots(TASKS["mbpp"], [{}], 3, prompts)
-    for shot, want in zip(shots[::2], golden["mbpp_fewshot_samples"], strict=True):
-        assert (sha(shot["text"]), sha(shot["code"])) == (want["text_sha256"], want["code_sha256"])
 
 
 @needs_shared
@@ -2123,10 +2122,17 @@ def test_steps_carry_their_statistics(searches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", (1, 2))
+@pytest.mark.parametrize("phase", (1, 2, "fine-tuning"))
 def test_kill_9_changes_nothing(phase, lab, runs, tmp_path):
     """Work would be lost, or the result be another one, after kills at random moments."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    if phase == "fine-tuning":
+        killed_at_random(lambda out: finetune_command(lab, lab / "model", out, epochs=100),
+                         whole, killed)
+        weights = [load_file(out / "model" / "model.safetensors") for out in (whole, killed)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        assert log_rows(whole) == log_rows(killed)
+        return
     if phase == 2:
         make_command = lambda out: replace_command(lab, runs["gdn"], out, all=True)
         killed_at_random(make_command, whole, killed)
@@ -2863,6 +2869,82 @@ def test_no_checkpoint_holds_what_is_not_finite(lab, what, says, tmp_path, monke
     saved = [load_file(path) for path in tmp_path.glob("checkpoint.safetensors")]
     assert len(saved) == (what != "teacher")
     assert all(tensor.isfinite().all() for file in saved for tensor in file.values())
+
+
+# ------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+def finetune_command(lab, model, out, **flags):
+    return command("distill.py", **{
+        "finetune": lab / "val.jsonl", "test": lab / "val.jsonl", "model": model, "out": out,
+        "batch_size": 8, "epochs": 20, "lr": 5e-3, "resume": True, **flags})
+
+
+@pytest.fixture(scope="session")
+def all_linear(lab, runs):
+    """A saved hybrid of which every layer is linear."""
+    run_main(replace_command(lab, runs["gdn"], lab / "linear", layers="0-3"))
+    return lab / "linear" / "opt"
+
+
+@pytest.mark.parametrize("task, example", (
+    ("gsm8k", "Question: {question}\nAnswer: {answer}</s>"),
+    ("arc_easy", "Question: {question}\nAnswer: {right}"), ("winogrande", "{right} {rest}")))
+@needs_shared
+def test_fine_tuning_reads_what_is_scored(task, example):
+    """The model would learn another prompt, another answer, or not to end its text."""
+    file = next((SHARED / "data" / task).glob("test*" if task == "arc_easy" else "train*"))
+    task, (model, tokenizer) = TASKS[task], evaluation.load_model(str(STORIES))
+    docs = load_docs(task, None, file)[:3]
+    args = argparse.Namespace(shots=0, limit=None, shot_docs=None, bos=None, whole=False,
+                              batch_size=4, max_gen_toks=None)
+    for doc, request in zip(docs, distill.solved_requests(task, docs, model, tokenizer, args)):
+        fields = dict(doc)
+        if task.choices:
+            fields["right"] = task.choices(doc)[task.right(doc)]
+            fields["rest"] = task.target and task.target(doc)
+        text = example.format_map(fields)
+        assert tokenizer.decode(request.tokens).removeprefix("<s>").strip() == text
+        answer = tokenizer.decode(request.tokens[-request.scored:]).strip()
+        assert answer == text.split("Answer: ")[-1] or answer == fields["rest"]
+
+
+def test_fine_tuning_learns_the_answers_alone(lab):
+    """The loss would count the prompt's tokens, or depend on how many rows are read at a time."""
+    model, tokenizer = load_lab_model(lab)
+    task, docs = file_task(lab / "val.jsonl")
+    args = argparse.Namespace(shots=None, limit=None, shot_docs=None, bos=None, whole=False,
+                              batch_size=4, max_gen_toks=None)
+    requests = distill.solved_requests(task, docs, model, tokenizer, args)
+    losses = []
+    for request in requests:
+        ids, n = torch.tensor([request.tokens]), request.scored
+        losses.append(F.cross_entropy(model(ids).logits[0, -n - 1: -1], ids[0, -n:],
+                                      reduction="none"))
+    trained = list(model.requires_grad_(True).parameters())
+    optimizer = torch.optim.SGD(trained)
+    loss = distill.tuning_step(model, trained, optimizer, requests, 0.0, half=False)
+    assert loss["model"].item() == pytest.approx(torch.cat(losses).mean().item())
+
+
+@pytest.mark.parametrize("train, seed", [("all", 0), ("all", 1), ("all", 2), ("linear", 0)])
+def test_fine_tuning_raises_the_score(lab, all_linear, train, seed, tmp_path, script):
+    """Figure 5 would show noise: training documents are learnt by heart, by the base model too;
+    --train linear leaves the other weights as they are; eval.py finds the score that was saved."""
+    for model in (lab / "model", all_linear) if train == "all" else (all_linear,):
+        out = tmp_path / model.name
+        record, _ = script(finetune_command(lab, model, out, train=train, seed=seed))
+        assert record["after"]["score"] > record["before"]["score"] + 0.2
+        words = command("eval.py", model=out / "model", task=lab / "val.jsonl", batch_size=8)
+        found, _ = script(words)
+        assert found["results"][0]["value"] == record["after"]["score"]
+        assert found["linear_layers"] == record["linear_layers"]
+        assert record["base_model"] == str(lab / "model")
+        old, new = (load_file(path / "model.safetensors") for path in (model, out / "model"))
+        same = {name.split(".")[3] for name in old if torch.equal(old[name], new[name])
+                and ".layers." in name}
+        assert same == ({"mlp", "input_layernorm", "post_attention_layernorm"}
+                        if train == "linear" else set())
 
 
 # ------------------------------------------------------------------------------------------------
