@@ -17,7 +17,6 @@ log-likelihood, `acc_norm` the largest per character. The last line on stdout is
 """
 
 import argparse
-import ast
 import collections
 import contextlib
 import copy
@@ -301,30 +300,6 @@ def add_up(tensor):
     return tensor
 
 
-def search_documents(args, train=False):
-    """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
-    task file came without --test}) of replace.py's flags. With `train`, for distill.py --finetune,
-    the former are the whole train split. Raises UserError."""
-    task = find_task(args.task, args)
-    if train and task.hub:
-        if task.splits[0] == task.splits[1]:
-            raise UserError(f"{task.name} has one split, so there is nothing to train on.")
-        task = dataclasses.replace(task, splits=("train", task.splits[1]))
-    if args.test and (task.hub or args.task in DEMO_TASKS):
-        raise UserError("--test goes with a --task that is a file; a named task has its own.")
-    if task.hub:
-        searched, reported, notes = split_docs(task, args.docs, args.test_docs, args.seed,
-                                               args.search_size, args.paper_splits)
-        for note in notes:
-            log(f"{task.name}: {note}")
-        return task, args.metric or task.metric, {"validation": searched, "test": reported}
-    names = {"validation": args.task, "test": args.task if args.task in DEMO_TASKS else args.test}
-    found = {split: file_task(item_file(name, split)) for split, name in names.items() if name}
-    if any(other is not task for other, _ in found.values()):
-        raise UserError(f"{args.test} and {args.task} are not items of one kind.")
-    return task, args.metric or task.metric, {split: docs for split, (_, docs) in found.items()}
-
-
 # ------------------------------------------------------------------------------------------------
 # Models
 
@@ -519,10 +494,6 @@ class Task:
     resplit: Callable = None    # rows, split -> rows, if the Hub has all rows in the split train
     short: str = ""             # the paper's names
 
-    @property
-    def metric(self):
-        return self.metrics[0]
-
     def requests(self, doc, shots=()):
         """What to ask: [(context, continuation)] by choice, or [(prompt, {until, max_gen_toks})].
         `shots` are documents, shown solved before this one."""
@@ -568,7 +539,7 @@ class Task:
             return self.judge(doc, text)
         self.check_leave(allow_code)
         program = self.program.format_map({**doc, "answer": text})
-        return {self.metric: float(run_program(program).passed)}
+        return {self.metrics[0]: float(run_program(program).passed)}
 
     def check_leave(self, allow_code):
         """Raise UserError if the model's programs would run without leave."""
@@ -592,7 +563,7 @@ class Task:
             if not self.choices and not (texts and all(isinstance(text, str) for text in texts)):
                 raise ValueError(f"the gold answer {gold!r} is not a text")
             if self.program:
-                ast.parse(gold)
+                compile(gold, self.name, "exec")
 
 
 def lettered(doc, choices, letters):
@@ -708,12 +679,6 @@ TESTED = ("validation", "test")
 HIDDEN = ("train", "validation")        # the test labels are secret: validation is reported
 
 
-def arc(name, config, **rest):
-    return Task(name, ("question", "choices", "answerKey"), hub=("allenai/ai2_arc", config),
-                prompt="Question: {question}\nAnswer:".format_map, gold=labelled,
-                choices=lambda doc: doc["choices"]["text"], metrics=NORM, splits=TESTED, **rest)
-
-
 def swde(name, clean, **rest):
     """Version 0, in every release up to 0.4.12 and so in the paper, strips nothing."""
     def judge(doc, text):
@@ -737,19 +702,12 @@ def longbench(name, instruction, metric, judge, more=(), **rest):
                 splits=("test", "test"), shot_split=None, **rest)
 
 
-def mmlu(subject, **rest):
-    return Task(
-        f"mmlu_{subject}", ("question", "choices", "answer"), hub=("cais/mmlu", subject),
-        description="The following are multiple choice questions (with answers) about "
-                    f"{subject}.\n\n",
-        prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"),
-        choices=lambda doc: list("ABCD"), gold=itemgetter("answer"),
-        metrics=ACC, splits=TESTED, shot_split="dev", first_shot=0, **rest)
-
-
 TASK_LIST = (
-    arc("arc_challenge", "ARC-Challenge", short="ArcC"),
-    arc("arc_easy", "ARC-Easy", short="ArcE"),
+    *(Task(f"arc_{level.lower()}", ("question", "choices", "answerKey"),
+           hub=("allenai/ai2_arc", f"ARC-{level}"), gold=labelled,
+           prompt="Question: {question}\nAnswer:".format_map,
+           choices=lambda doc: doc["choices"]["text"], metrics=NORM, splits=TESTED, short=short)
+      for level, short in (("Challenge", "ArcC"), ("Easy", "ArcE"))),
     Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
          prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map,
          choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
@@ -811,8 +769,13 @@ TASK_LIST = (
               "questions.", "classification_score",
               lambda text, answer, doc: class_score(doc["all_classes"], text, answer),
               more=("all_classes",), max_tokens=64, short="TREC"),
-    mmlu("econometrics", short="EC"),
-    mmlu("marketing", short="MK"),
+    *(Task(f"mmlu_{subject}", ("question", "choices", "answer"), hub=("cais/mmlu", subject),
+           description="The following are multiple choice questions (with answers) about "
+                       f"{subject}.\n\n",
+           prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"),
+           choices=lambda doc: list("ABCD"), gold=itemgetter("answer"), metrics=ACC,
+           splits=TESTED, shot_split="dev", first_shot=0, short=short)
+      for subject, short in (("econometrics", "EC"), ("marketing", "MK"))),
     # The official 500 test items are reported; the search has the other 500, as in the paper. The
     # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
     Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
@@ -1423,7 +1386,7 @@ def judge(prepared, outputs, metric, layers, allow_code):
             raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
                                      f"{layers}")
     items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
-    return Score(metric or task.metric, items, per_doc)
+    return Score(metric or task.metrics[0], items, per_doc)
 
 
 def common_layers(layer_sets, plain):
@@ -1449,9 +1412,11 @@ def layer_tokens(prepared, num_layers, layer_sets, plain):
 
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):
     """{layers: {request: answer}} of one batch for each hybrid."""
-    shared, answers = SharedLayers(decoder_layers(model), not prepared.task.choices), {}
+    lower, answers, generates = decoder_layers(model), {}, not prepared.task.choices
+    tapes = [collections.deque() for _ in lower]        # (output, cache layer) of each forward
     for layers, count in common_layers(layer_sets, plain).items():
-        with replaced(model, mixers, layers), shared.run(count, record=not answers):
+        with replaced(model, mixers, layers), shared_layers(
+                lower[:count], tapes, not answers, generates):
             answers[layers] = answer_batch(model, prepared, batch)
     return answers
 
@@ -1466,44 +1431,35 @@ def layers_can_be_shared(model, prepared, mixers):
     return repr(shared) == repr(plain)      # NaN is the evaluation's to report
 
 
-class SharedLayers:
-    """The lower layers that several hybrids have in common on one batch. All hybrids make the same
-    forwards, so a layer's outputs are replayed in the order in which they were recorded. The rest
-    of the model runs as always. Generation shares only the forward of the prompt, since the texts
-    of two hybrids differ."""
-
-    def __init__(self, layers, generates):
-        self.layers, self.generates = layers, generates
-        self.tapes = [collections.deque() for _ in layers]  # (output, cache layer) of each forward
-
-    @contextlib.contextmanager
-    def run(self, count, record):
-        """Within the block the lowest `count` layers record what they do, or replay it."""
-        with contextlib.ExitStack() as stack:
-            for i, layer in enumerate(self.layers[:count]):
-                stack.enter_context(mock.patch.object(layer, "forward", functools.partial(
-                    self.forward, i, layer.forward, record)))
-            yield
-
-    def forward(self, i, forward, record, *args, **kwargs):
-        """In place of layer i's forward: record its output and, where that fills it, its cache; or
-        do as it did in the recorded forward whose turn it is."""
+@contextlib.contextmanager
+def shared_layers(layers, tapes, record, generates):
+    """Within the block the lowest layers, which several hybrids have in common on one batch, record
+    on `tapes` what they do, or replay it. All hybrids make the same forwards, so they are replayed
+    in the order in which they were recorded; the rest of the model runs as always. Generation
+    shares only the forward of the prompt, since the texts of two hybrids differ."""
+    def forward(i, original, *args, **kwargs):
         # a layer's argument for the cache has several names
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
         fills = cache is not None and cache.layers[i].get_seq_length() == 0
-        if self.generates and not fills:
-            return forward(*args, **kwargs)
+        if generates and not fills:
+            return original(*args, **kwargs)
         if record:
-            output = forward(*args, **kwargs)
-            self.tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
+            output = original(*args, **kwargs)
+            tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
             return output
-        output, cache_layer = self.tapes[i][0]
-        self.tapes[i].rotate(-1)                # the next hybrid replays the same forwards
+        output, cache_layer = tapes[i][0]
+        tapes[i].rotate(-1)                     # the next hybrid replays the same forwards
         if cache_layer is not None:
             cache.layers[i] = copy.copy(cache_layer)
-            if not self.generates:              # later forwards ask only for its length
+            if not generates:                   # later forwards ask only for its length
                 cache.layers[i].reorder_cache = lambda places: None
         return output
+
+    with contextlib.ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            stack.enter_context(mock.patch.object(
+                layer, "forward", functools.partial(forward, i, layer.forward)))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1548,16 +1504,15 @@ def bytes_by_formula(model, context):
     layer: H D D fp32 numbers, and the last W - 1 inputs of its convolutions."""
     config, total, size = model.config.get_text_config(decoder=True), 0, model.dtype.itemsize
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}     # of H D
+    convolutions = {"GatedDeltaNet": 3, "JetBlock": 1}          # of H D channels each
     layers = transformers.DynamicCache(config=config).layers
     for attn, layer in zip(attention_modules(model), layers):
-        D = linear_attn.head_dim_of(attn, config)
+        D, seen = linear_attn.head_dim_of(attn, config), context + 1
         if isinstance(attn, linear_attn.LinearAttention):
-            tail = (linear_attn.CONV_SIZE - 1) * convolutions[type(attn).__name__]
+            tail = (linear_attn.CONV_SIZE - 1) * convolutions.get(type(attn).__name__, 0)
             total += attn.num_heads * D * (4 * D + tail * size)
         else:
-            seen = min(context + 1, getattr(layer, "sliding_window", context + 1))
-            total += 2 * kv_heads * D * seen * size
+            total += 2 * kv_heads * D * min(seen, getattr(layer, "sliding_window", seen)) * size
     return total
 
 
@@ -1598,12 +1553,11 @@ def time_decoding(model, cache, batch, in_graph):
             step()
         run = graph.replay
     seconds = median_seconds(model.device, run, STEPS, REPEATS)
-    tensors = [x for layer in past.layers for value in vars(layer).values()
-               for x in (value if isinstance(value, tuple) else (value,))
-               if torch.is_tensor(x) and x.dim() > 0]
+    tensors = [x for layer in past.layers
+               for x in getattr(layer, "state", None) or (layer.keys, layer.values)]
     return {"batch": batch, "tokens_per_second": batch / seconds, "step_ms": 1000 * seconds,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "cache_bytes": sum(x.nbytes for x in tensors)}
+            "cache_bytes": sum(x.nbytes for x in tensors if x is not None)}
 
 
 def time_batch_that_fits(model, cache, batch, in_graph):
@@ -1636,7 +1590,9 @@ def hybrids_to_time(args, model):
     """({number of linear layers: which}, {layer: linear module}, the modules' kind) of flags. A
     saved hybrid stays as it is."""
     if saved := linear_layers(model):
-        return {len(saved): ()}, {}, "+".join(sorted(set(model.config.linear_attn)))
+        kinds = set(map(type, model.modules()))
+        return {len(saved): ()}, {}, "+".join(name for name, kind in linear_attn.MIXERS.items()
+                                              if kind in kinds)
     attention = attention_modules(model)
     sets = {count: list(range(count)) for count in range(len(attention) + 1)}
     if args.layers_from:
@@ -1706,19 +1662,6 @@ def throughput(args):
     return {**result, "rows": rows}
 
 
-def add_throughput_flags(parser):
-    def numbers(text):
-        return [int(part) for part in text.split(",")]
-
-    add = parser.add_argument_group("decoding speed").add_argument
-    add("--throughput", action="store_true", help="time decoding against linear layers")
-    add("--blocks", help="a run of distill.py, whose modules are timed")
-    add("--attn", choices=list(linear_attn.MIXERS), help="random modules, without --blocks")
-    add("--layers-from", help="a result.json of replace.py, for the order of the layers")
-    add("--contexts", type=numbers, help=f"default {ON_GPU[0]}, on a CPU {ON_CPU[0]} tokens")
-    add("--counts", type=numbers, help="numbers of linear layers (default: none, half, all)")
-
-
 # ------------------------------------------------------------------------------------------------
 # The command line
 
@@ -1757,6 +1700,33 @@ def find_task(name, args):
         raise UserError(f"{task.name} has no metric {args.metric}; it has "
                         f"{' and '.join(task.metrics)}.")
     return task
+
+
+def search_documents(args, train=False):
+    """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
+    task file came without --test}) of replace.py's flags. With `train`, for distill.py --finetune,
+    the former are the whole train split. Raises UserError."""
+    task, files = find_task(args.task, args), {"validation": args.task, "test": args.test}
+    if args.test and (task.hub or args.task in DEMO_TASKS):
+        raise UserError("--test goes with a --task that is a file; a named task has its own.")
+    if task.hub:
+        if train and task.splits[0] == task.splits[1]:
+            raise UserError(f"{task.name} has one split, so there is nothing to train on.")
+        if train:
+            task = dataclasses.replace(task, splits=("train", task.splits[1]))
+        searched, reported, notes = split_docs(task, args.docs, args.test_docs, args.seed,
+                                               args.search_size, args.paper_splits)
+        for note in notes:
+            log(f"{task.name}: {note}")
+        docs = {"validation": searched, "test": reported}
+    else:
+        if args.task in DEMO_TASKS:
+            files["test"] = args.task
+        found = {split: file_task(item_file(name, split)) for split, name in files.items() if name}
+        if any(other is not task for other, _ in found.values()):
+            raise UserError(f"{args.test} and {args.task} are not items of one kind.")
+        docs = {split: docs for split, (_, docs) in found.items()}
+    return task, args.metric or task.metrics[0], docs
 
 
 def prepare(task, docs, model, tokenizer, args, searched=False):
@@ -1802,6 +1772,9 @@ def score_task(name, task, model, tokenizer, args, path):
 
 
 def parse_args():
+    def numbers(text):
+        return [int(part) for part in text.split(",")]
+
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
     add_task_flags(parser)
@@ -1810,7 +1783,13 @@ def parse_args():
     parser.add_argument("--show", type=positive(int), default=0, metavar="N",
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
-    add_throughput_flags(parser)
+    add = parser.add_argument_group("decoding speed").add_argument
+    add("--throughput", action="store_true", help="time decoding against linear layers")
+    add("--blocks", help="a run of distill.py, whose modules are timed")
+    add("--attn", choices=list(linear_attn.MIXERS), help="random modules, without --blocks")
+    add("--layers-from", help="a result.json of replace.py, for the order of the layers")
+    add("--contexts", type=numbers, help=f"default {ON_GPU[0]}, on a CPU {ON_CPU[0]} tokens")
+    add("--counts", type=numbers, help="numbers of linear layers (default: none, half, all)")
     return parser.parse_args()
 
 
