@@ -180,8 +180,7 @@ def parse_layers(text, num_layers):
     ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
     layers = sorted(set().union(*ranges))
     if not all(parts) or not all(ranges) or layers[-1] >= num_layers:
-        raise UserError(f"--layers {text}: give numbers and ranges such as 3,7-12 of the model's "
-                        f"layers 0 to {num_layers - 1}.")
+        raise UserError(f"--layers {text}: give layers as in 3,7-12, from 0 to {num_layers - 1}.")
     return layers
 
 
@@ -328,8 +327,7 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     if base_only and hybrid:
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     if base_only and quantised:
-        raise UserError(f"{name} is quantised: give the model in bf16, as its dequantize() and "
-                        "save_pretrained() make it.")
+        raise UserError(f"{name} is quantised: give the model in bf16 (see its dequantize()).")
     if "auto_map" in config and not hybrid and not trust_remote_code:
         raise UserError(f"{name} brings its own code; add --trust-remote-code to run it.")
     device_map, device = "auto" if device == "auto" else None, find_device(device)
@@ -461,7 +459,7 @@ def load_blocks(runs, model, layers=None):
 # ------------------------------------------------------------------------------------------------
 # Tasks: what the model is asked, and how its answer becomes a number
 
-# A document is one row of a dataset, a dict. A new task is one more entry in TASK_LIST. Every quirk
+# A document is one row of a dataset, a dict. A new task is one more entry in TASKS. Every quirk
 # is the harness's own (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks), kept so
 # that numbers can be compared.
 
@@ -702,7 +700,21 @@ def longbench(name, instruction, metric, judge, more=(), **rest):
                 splits=("test", "test"), shot_split=None, **rest)
 
 
-TASK_LIST = (
+class TaskTable(dict):
+    """Tasks by the harness's names; the paper's short names (ArcC, ...) are understood too."""
+
+    def named(self, name):
+        """The task of that name, or None."""
+        return next((task for task in self.values()
+                     if name.lower() in (task.name, *task.short.lower().split())), None)
+
+    def __missing__(self, name):
+        if task := self.named(name):
+            return task
+        raise UserError(f"no task {name!r}: there are {', '.join(self)} and JSON-lines files")
+
+
+TASKS = TaskTable((task.name, task) for task in (
     *(Task(f"arc_{level.lower()}", ("question", "choices", "answerKey"),
            hub=("allenai/ai2_arc", f"ARC-{level}"), gold=labelled,
            prompt="Question: {question}\nAnswer:".format_map,
@@ -783,26 +795,8 @@ TASK_LIST = (
          prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"], gold=itemgetter("final_decision"),
-         metrics=ACC, splits=("train+validation", "test"),
-         short="PM PubMedQA"),
-)
-
-
-class TaskTable(dict):
-    """Tasks by the harness's names; the paper's short names (ArcC, ...) are understood too."""
-
-    def named(self, name):
-        """The task of that name, or None."""
-        return next((task for task in self.values()
-                     if name.lower() in (task.name, *task.short.lower().split())), None)
-
-    def __missing__(self, name):
-        if task := self.named(name):
-            return task
-        raise UserError(f"no task {name!r}: there are {', '.join(self)} and JSON-lines files")
-
-
-TASKS = TaskTable((task.name, task) for task in TASK_LIST)
+         metrics=ACC, splits=("train+validation", "test"), short="PM PubMedQA"),
+))
 
 
 def choice_gold(doc):
@@ -852,10 +846,9 @@ def hub_docs(task, split):
     import datasets
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
-    with blame(f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the "
-               "Hub; accept its terms there and log in, or give its rows from elsewhere with "
-               f"`--task {task.name} --docs FILE` (--test-docs, --shot-docs), with the fields "
-               f"{', '.join(task.fields)}; the reason"):
+    with blame(f"{task.name}: {name}, configuration {config}, split {split}, does not load from "
+               "the Hub; accept its terms there and log in, or give --docs (--test-docs, "
+               f"--shot-docs), files of rows with the fields {', '.join(task.fields)}; the reason"):
         rows = datasets.load_dataset(name, config, split="train" if task.resplit else split)
         rows = task.resplit(rows, split) if task.resplit else rows
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(rows, 1)]
@@ -897,11 +890,10 @@ def sample(docs, size, seed):
 
 
 def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=False):
-    """Documents to search on, documents to report, and sentences about them for the user.
-
-    The search gets up to `size` documents that are never reported; a task with one split is cut
-    into seeded halves. The paper's rule, read literally, searches on the reported documents where
-    there is one split, or validation is reported: `paper_splits`."""
+    """Documents to search on, documents to report, and sentences about them for the user. The
+    search gets up to `size` documents that are never reported; a task with one split is cut into
+    seeded halves. With `paper_splits`, the paper's rule read literally, the search gets the
+    reported documents where there is one split, or validation is reported."""
     searched, reported = task.splits
     if paper_splits and reported in ("validation", searched) and not (docs and test_docs):
         report = load_docs(task, reported, test_docs or docs)
@@ -926,9 +918,8 @@ def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=F
 
 
 def draw_shots(task, docs, k, pool, searched=False):
-    """The shots of each document: one draw after the other from Random(1234), in their order.
-
-    On a search split, and where the harness scores a validation split, one more is drawn and the
+    """The shots of each document: one draw after the other from Random(1234), in their order. On a
+    search split, and where the harness scores a validation split, one more is drawn and the
     document itself dropped, so that it is never its own example."""
     pool, shots, draw = pool[task.first_shot:], [], random.Random(1234)
     extra = k > 0 and task.first_shot is None and (searched or task.splits[1] == "validation")
@@ -998,11 +989,9 @@ def encode(tokenizer, text, bos=None):
 
 
 def encode_pair(tokenizer, context, continuation, bos=None):
-    """Tokens of a context and its continuation, and the number of the continuation's tokens.
-
-    As the harness does, this encodes the context alone, without trailing white space, and then
-    drops as many tokens from the two texts encoded together, even where one spans the border. An
-    empty context becomes BOS, or EOS where there is none."""
+    """Tokens of a context and its continuation, and the number of the continuation's. As the
+    harness does, this encodes the context alone, without trailing white space, and drops as many
+    tokens from both encoded together, even where one spans the border. An empty context is BOS."""
     if context:
         start = encode(tokenizer, context.rstrip(), bos)
         rest = encode(tokenizer, context + continuation, bos)[len(start):]
@@ -1014,11 +1003,9 @@ def encode_pair(tokenizer, context, continuation, bos=None):
 
 
 class Prepared:
-    """A task's documents, tokenised once and cut into fixed batches, to be scored many times.
-
-    Equal requests are asked once. `batches` are lists of Rows that start at token 0, the same for
-    every model; the longest come first, so that a batch too large for the memory fails at once.
-    """
+    """A task's documents, tokenised once and cut into fixed batches, to be scored many times. Equal
+    requests are asked once. `batches` are lists of Rows that start at token 0, the same for every
+    model; the longest come first, so that a batch too large for the memory fails at once."""
 
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
                  whole=False, max_gen_toks=None):
@@ -1050,8 +1037,7 @@ class Prepared:
             parts = {"prompt": len(request.tokens)}
         for text, (part, length) in zip(ask, parts.items()):
             if length == 0:
-                raise UserError(f"{place_of(doc)}: the {part} {text[-60:]!r} has no tokens in this "
-                                "model's tokenizer, so there is nothing to score.")
+                raise UserError(f"{place_of(doc)}: the {part} {text[-60:]!r} has no tokens.")
         room = limit - request.max_new + (request.scored > 0)   # the last scored token is not read
         if len(request.tokens) <= room:
             return request
@@ -1066,8 +1052,7 @@ class Prepared:
         """One Row of the tokens that a document's requests share before their first scored token;
         or a Row for each, if they share none or read more than `longest` tokens."""
         asked = [self.requests[i] for i in members]
-        ends = [len(request.tokens) - request.scored for request in asked]
-        shared = os.path.commonprefix([request.tokens[:end] for request, end in zip(asked, ends)])
+        shared = os.path.commonprefix([r.tokens[:len(r.tokens) - r.scored] for r in asked])
         if len(asked) > 1 and shared and max(len(r.tokens) for r in asked) - 1 <= longest:
             return [Row(0, len(shared), list(members))]
         return [Row(0, len(request.tokens) - (request.scored > 0), [i])
@@ -1121,7 +1106,6 @@ def pad(rows, left=False):
 def read(model, requests, rows, cache=None, past=0):
     """One forward of Rows -> for each scored token that follows one of their tokens, its request
     [N] and its log-probability [N] in fp32, left on the device, since to fetch it is to wait.
-
     Rows that start at token 0 fill `cache`, if there is one, padded on the left, so that tails
     follow directly. Later ones continue its sequences, one each, of `past` positions. All but the
     former are padded on the right, where no mask is needed."""
@@ -1349,44 +1333,36 @@ class Score:
 
 
 def evaluate(model, prepared, metric=None, allow_code=False):
-    """Score `model`, with the layers that it has now, on prepared documents -> Score.
-    Raises FloatingPointError for a log-likelihood that is not finite."""
-    outputs = {}
-    for batch in progress(prepared.batches, desc=prepared.task.name, unit="batch", leave=False):
-        outputs |= answer_batch(model, prepared, batch)
-    return judge(prepared, outputs, metric, linear_layers(model), allow_code)
+    """Score `model`, with the layers that it has now, on prepared documents -> Score."""
+    return evaluate_hybrids(model, prepared, {}, [()], metric, allow_code)[0]
 
 
 def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_code=False,
                      plain=False, cost=None):
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
-    mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
-
-    The hybrids share their lower layers on each batch, unless `plain`, and several ranks take turns
-    with the batches. Adds layer_tokens to the Counter `cost`."""
-    batches = progress(prepared.batches[rank()::world_size()], desc=f"{len(layer_sets)} hybrids",
-                       unit="batch", leave=False)
+    mixers[layer] -> their Scores, in that order, on rank 0; None on the others. The hybrids share
+    their lower layers on each batch, unless `plain`, and several ranks take turns with the batches.
+    Adds layer_tokens to the Counter `cost`. Raises FloatingPointError for a log-likelihood that is
+    not finite."""
+    task, scores = prepared.task, []
+    batches = progress(prepared.batches[rank()::world_size()], unit="batch", leave=False,
+                       desc=f"{task.name} x {len(layer_sets)}")
     done = sum(gather([answer_hybrids(model, prepared, mixers, batch, layer_sets, plain)
                        for batch in batches]), [])
     if rank() > 0:
         return None
     if cost is not None:
         cost.update(layer_tokens(prepared, len(decoder_layers(model)), layer_sets, plain))
-    outputs = ({i: answer for answers in done for i, answer in answers[layers].items()}
-               for layers in layer_sets)
-    return [judge(prepared, found, metric, layers, allow_code)
-            for found, layers in zip(outputs, layer_sets)]
-
-
-def judge(prepared, outputs, metric, layers, allow_code):
-    """Turn {request: answer} of all requests into a Score."""
-    task, per_doc = prepared.task, [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
-    for doc, answers in zip(prepared.docs, per_doc):
-        if task.choices and not all(map(math.isfinite, answers)):
-            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
-                                     f"{layers}")
-    items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
-    return Score(metric or task.metrics[0], items, per_doc)
+    for layers in layer_sets:
+        outputs = {i: answer for answers in done for i, answer in answers[layers].items()}
+        per_doc = [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
+        for doc, answers in zip(prepared.docs, per_doc):
+            if task.choices and not all(map(math.isfinite, answers)):
+                raise FloatingPointError(f"{place_of(doc)}: no finite score; linear layers "
+                                         f"{list(layers or linear_layers(model))}")
+        items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
+        scores.append(Score(metric or task.metrics[0], items, per_doc))
+    return scores
 
 
 def common_layers(layer_sets, plain):
@@ -1412,6 +1388,8 @@ def layer_tokens(prepared, num_layers, layer_sets, plain):
 
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):
     """{layers: {request: answer}} of one batch for each hybrid."""
+    if layer_sets == [()]:                      # not every model has layers to replace
+        return {(): answer_batch(model, prepared, batch)}
     lower, answers, generates = decoder_layers(model), {}, not prepared.task.choices
     tapes = [collections.deque() for _ in lower]        # (output, cache layer) of each forward
     for layers, count in common_layers(layer_sets, plain).items():
@@ -1798,8 +1776,7 @@ def main():
     if args.throughput:
         return finish(throughput(args))
     if args.blocks or args.layers_from or args.attn or args.contexts or args.counts:
-        raise UserError("--blocks, --layers-from, --attn, --contexts and --counts need "
-                        "--throughput.")
+        raise UserError("--blocks, --layers-from, --attn, --contexts, --counts need --throughput.")
     if args.model is None:
         item_file("copy", "test")               # refuses where there is no demo
         args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)
