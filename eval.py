@@ -403,9 +403,8 @@ def reach(model):
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
-    return min([max_length(model) or math.inf] + [
-        kind["original_max_position_embeddings"] for kind in kinds
-        if kind.get("rope_type") == "longrope"])
+    return min([kind["original_max_position_embeddings"] for kind in kinds
+                if kind.get("rope_type") == "longrope"] + [max_length(model) or math.inf])
 
 
 def fingerprint(model):
@@ -475,7 +474,7 @@ class Task:
     fields: tuple               # what every document must have
     prompt: Callable            # the text that the model continues
     gold: Callable              # index or text of the right choice, or the reference; may fail
-    metrics: tuple              # the harness's; the paper most likely reports the first
+    metrics: tuple = ("acc",)   # the harness's; the paper most likely reports the first
     choices: Callable = None    # texts; with a `target` they are prompts, which it continues
     stop: tuple = ()
     max_tokens: int = 256       # the harness's number where a task names none
@@ -488,7 +487,7 @@ class Task:
     shot_split: str = "train"   # None: the task takes no shots
     first_shot: int = None      # all documents get the shots from this one on, not a draw for each
     hub: tuple = None           # dataset and configuration
-    splits: tuple = None        # the split to search on and the split to report, see split_docs
+    splits: tuple = ("validation", "test")      # to search on and to report, see split_docs
     resplit: Callable = None    # rows, split -> rows, if the Hub has all rows in the split train
     short: str = ""             # the paper's names
 
@@ -671,9 +670,7 @@ def pubmedqa_split(rows, split):
     return [row_of[i] for i in (test if split == "test" else [i for i in row_of if i not in test])]
 
 
-# Settings that several tasks share: metrics, and splits to search on and to report.
-ACC, BOTH, NORM = ("acc",), ("acc", "acc_norm"), ("acc_norm", "acc")
-TESTED = ("validation", "test")
+BOTH, NORM = ("acc", "acc_norm"), ("acc_norm", "acc")
 HIDDEN = ("train", "validation")        # the test labels are secret: validation is reported
 
 
@@ -715,50 +712,44 @@ class TaskTable(dict):
 
 
 TASKS = TaskTable((task.name, task) for task in (
-    *(Task(f"arc_{level.lower()}", ("question", "choices", "answerKey"),
+    *(Task(f"arc_{level.lower()}", ("question", "choices", "answerKey"), metrics=NORM, short=short,
            hub=("allenai/ai2_arc", f"ARC-{level}"), gold=labelled,
            prompt="Question: {question}\nAnswer:".format_map,
-           choices=lambda doc: doc["choices"]["text"], metrics=NORM, splits=TESTED, short=short)
+           choices=lambda doc: doc["choices"]["text"])
       for level, short in (("Challenge", "ArcC"), ("Easy", "ArcE"))),
-    Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
-         prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map,
+    Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"), splits=HIDDEN,
+         prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map, short="BQ BoolQ",
          choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
-         gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"],
-         metrics=ACC, splits=HIDDEN, short="BQ BoolQ"),
+         gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"]),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
-         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
-         choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"),
-         metrics=ACC, splits=HIDDEN, short="CQ"),
-    Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-         hub=("Rowan/hellaswag", None),
+         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"), short="CQ",
+         choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"), splits=HIDDEN),
+    Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"), metrics=BOTH,
+         hub=("Rowan/hellaswag", None), splits=HIDDEN, short="HS",
          prompt=lambda doc: hellaswag_clean("{activity_label}: {ctx_a} ".format_map(doc)
                                             + doc["ctx_b"].capitalize()),  # lower-cases the rest
          choices=lambda doc: list(map(hellaswag_clean, doc["endings"])),
-         gold=lambda doc: list("0123").index(str(doc["label"])),
-         metrics=BOTH, splits=HIDDEN, short="HS"),
-    Task("openbookqa", ("question_stem", "choices", "answerKey"),
-         hub=("allenai/openbookqa", "main"), prompt=itemgetter("question_stem"),
-         choices=lambda doc: doc["choices"]["text"], gold=labelled,
-         metrics=NORM, splits=TESTED, short="OBQA OBA"),
-    Task("piqa", ("goal", "sol1", "sol2", "label"), hub=("baber/piqa", None),
-         prompt="Question: {goal}\nAnswer:".format_map, gold=itemgetter("label"),
-         choices=lambda doc: [doc["sol1"], doc["sol2"]],
-         metrics=BOTH, splits=HIDDEN, short="PIQA"),
+         gold=lambda doc: list("0123").index(str(doc["label"]))),
+    Task("openbookqa", ("question_stem", "choices", "answerKey"), metrics=NORM, short="OBQA OBA",
+         hub=("allenai/openbookqa", "main"), prompt=itemgetter("question_stem"), gold=labelled,
+         choices=lambda doc: doc["choices"]["text"]),
+    Task("piqa", ("goal", "sol1", "sol2", "label"), hub=("baber/piqa", None), metrics=BOTH,
+         prompt="Question: {goal}\nAnswer:".format_map, gold=itemgetter("label"), splits=HIDDEN,
+         choices=lambda doc: [doc["sol1"], doc["sol2"]], short="PIQA"),
     # The choices are prompts: the score is that of the rest of the sentence.
-    Task("winogrande", ("sentence", "option1", "option2", "answer"),
+    Task("winogrande", ("sentence", "option1", "option2", "answer"), splits=HIDDEN, short="WG",
          hub=("allenai/winogrande", "winogrande_xl"), choices=winogrande_choices,
          gold=lambda doc: int(doc["answer"]) - 1,
          prompt=lambda doc: winogrande_choices(doc)[int(doc["answer"]) - 1],
-         target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip(),
-         metrics=ACC, splits=HIDDEN, short="WG"),
-    Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4,
+         target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip()),
+    Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4, short="GSM8K",
          prompt="Question: {question}\nAnswer:".format_map, target=itemgetter("answer"),
          gold=gsm8k_gold, judge=gsm8k_judge, stop=("Question:", "</s>", "<|im_end|>"),
          metrics=("exact_match,strict-match", "exact_match,flexible-extract"),
-         splits=("train", "test"), short="GSM8K"),
-    Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None),
+         splits=("train", "test")),
+    Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None), metrics=NORM,
          prompt="Question: {Problem}\nAnswer:".format_map, choices=mathqa_choices,
-         gold=mathqa_gold, metrics=NORM, splits=TESTED, short="MathQA MQ"),
+         gold=mathqa_gold, short="MathQA MQ"),
     Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
          prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=itemgetter("test"),
          program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
@@ -771,22 +762,22 @@ TASKS = TaskTable((task.name, task) for task in (
                  "should pass these tests:\n\n" + MBPP_TESTS + "\n[BEGIN]\n").format_map,
          target="{code}\n[DONE]".format_map, delimiter="", gold=MBPP_TESTS.format_map,
          program="{answer}\n" + MBPP_TESTS, stop=("[DONE]",), metrics=("pass_at_1",), shots=3,
-         shot_split="prompt", first_shot=1, splits=TESTED, short="MBPP"),
+         shot_split="prompt", first_shot=1, short="MBPP"),
     swde("swde", str, short="SWDE"),
     swde("swde_v1", str.strip),
     longbench("samsum", "Summarize the dialogue into a few short sentences. The following are some "
               "examples.", "rouge_score", lambda text, answer, doc: rouge_l(text, answer),
               max_tokens=128, short="SAMSum"),
     longbench("trec", "Please determine the type of the question below. Here are some examples of "
-              "questions.", "classification_score",
-              lambda text, answer, doc: class_score(doc["all_classes"], text, answer),
-              more=("all_classes",), max_tokens=64, short="TREC"),
+              "questions.", "classification_score", more=("all_classes",), max_tokens=64,
+              judge=lambda text, answer, doc: class_score(doc["all_classes"], text, answer),
+              short="TREC"),
     *(Task(f"mmlu_{subject}", ("question", "choices", "answer"), hub=("cais/mmlu", subject),
            description="The following are multiple choice questions (with answers) about "
                        f"{subject}.\n\n",
-           prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"),
-           choices=lambda doc: list("ABCD"), gold=itemgetter("answer"), metrics=ACC,
-           splits=TESTED, shot_split="dev", first_shot=0, short=short)
+           prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"), short=short,
+           choices=lambda doc: list("ABCD"), gold=itemgetter("answer"),
+           shot_split="dev", first_shot=0)
       for subject, short in (("econometrics", "EC"), ("marketing", "MK"))),
     # The official 500 test items are reported; the search has the other 500, as in the paper. The
     # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
@@ -795,7 +786,7 @@ TASKS = TaskTable((task.name, task) for task in (
          prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
                             f"\nQuestion: {doc['QUESTION']}\nAnswer:",
          choices=lambda doc: ["yes", "no", "maybe"], gold=itemgetter("final_decision"),
-         metrics=ACC, splits=("train+validation", "test"), short="PM PubMedQA"),
+         splits=("train+validation", "test"), short="PM PubMedQA"),
 ))
 
 
@@ -815,9 +806,8 @@ def generate_gold(doc):
 
 
 # The two kinds of items in JSON-lines files: choices to rank, or an answer to write.
-CHOICE_FILE = Task(
-    "choices", ("context", "choices", "gold"), itemgetter("context"), choice_gold, BOTH,
-    choices=itemgetter("choices"))
+CHOICE_FILE = Task("choices", ("context", "choices", "gold"), itemgetter("context"), choice_gold,
+                   metrics=BOTH, choices=itemgetter("choices"))
 GENERATE_FILE = Task(
     "answers", ("prompt", "answer"), itemgetter("prompt"), generate_gold, ("exact_match",),
     judge=lambda doc, text: {"exact_match": float(text.strip() == doc["answer"].strip())})
@@ -1503,8 +1493,7 @@ def clock(device):
 
 def median_seconds(device, function, calls, repeats):
     """Of one call of `function`: the median of `repeats` timings, after one that warms up."""
-    timings = timeit.repeat(function, timer=lambda: clock(device), number=calls,
-                            repeat=repeats + 1)
+    timings = timeit.repeat(function, "pass", lambda: clock(device), repeats + 1, calls)
     return np.median(timings[1:]).item() / calls
 
 
@@ -1627,12 +1616,12 @@ def throughput(args):
                             generator=torch.Generator().manual_seed(args.seed)).to(device)
         with replaced(model, mixers, sets[count]):
             seconds = median_seconds(device, lambda: prefill(model, ids), 1, 3)
-            cache, row_bytes = prefill(model, ids), bytes_by_formula(model, context)
+            cache, layers = prefill(model, ids), linear_layers(model)
+            row_bytes = bytes_by_formula(model, context)
             for batch in to_do:
                 timed = time_batch_that_fits(model, cache, batch, decoding == "CUDA graph")
                 rows.append({"context": context, "linear_layers": count, "asked": batch, **timed,
-                             "layers": linear_layers(model),
-                             "prefill_tokens_per_second": context / seconds,
+                             "layers": layers, "prefill_tokens_per_second": context / seconds,
                              "cache_bytes_formula": timed["batch"] * row_bytes})
                 write_json(path, {**result, "rows": rows})
                 log(f"context {context}, batch {timed['batch']}, {count} linear layers: "
@@ -1735,9 +1724,8 @@ def score_task(name, task, model, tokenizer, args, path):
         log(f"programs run behind a fence: {fence()}")
     score = evaluate(model, prepared, args.metric, args.allow_code_execution)
     result = {"task": name, "split": split, "n": score.n, "metric": score.metric,
-              "value": score.mean(), "stderr": score.stderr(),
-              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper,
-              "truncated": prepared.truncated}
+              "value": score.mean(), "stderr": score.stderr(), "truncated": prepared.truncated,
+              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper}
     log(f"{name}: {score.metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; "
         f"paper: {paper or 'no number'}); "
         + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
