@@ -64,8 +64,7 @@ try:
         raise ImportError("the pip package 'kernels' is hidden by the kernels.py of this folder, "
                           "which transformers would load in its place; uninstall that package")
     import linear_attn
-    from linear_attn import (
-        UserError, attention_modules, decoder_layers, linear_layers, replaced)
+    from linear_attn import UserError, attention_modules, decoder_layers, linear_layers, replaced
 except ImportError as error:
     sys.exit(f"cannot start: {error}. Set up with: pip install -r requirements.txt")
 
@@ -276,8 +275,7 @@ def join_ranks(device):
 
 
 def together(collective, *args):
-    """Call a function of torch.distributed, unless this process is alone. Raises ConnectionError
-    where another one has ended."""
+    """Call a function of torch.distributed. Raises ConnectionError if another process has ended."""
     try:
         if world_size() > 1:
             collective(*args)
@@ -313,9 +311,8 @@ def add_model_flags(parser):
 
 
 def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False):
-    """(model, tokenizer): the model in eval mode, without gradients, on `device`. Raises UserError
-    for anything but a complete causal language model with a tokenizer, and with `base_only` for a
-    hybrid and a model that cannot be converted."""
+    """(model, tokenizer), ready to score on `device`. Raises UserError for anything but a complete
+    causal language model with a tokenizer; with `base_only` also if it cannot be converted."""
     if not Path(name, "config.json").is_file() and (
             name.lower().endswith("gguf") or any(Path(name).glob("*.gguf"))):
         raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
@@ -458,9 +455,8 @@ def load_blocks(runs, model, layers=None):
 # ------------------------------------------------------------------------------------------------
 # Tasks: what the model is asked, and how its answer becomes a number
 
-# A document is one row of a dataset, a dict. A new task is one more entry in TASKS. Every quirk
-# is the harness's own (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks), kept so
-# that numbers can be compared.
+# A document is one row of a dataset, a dict. A new task is one more entry in TASKS. Every quirk is
+# that of EleutherAI/lm-evaluation-harness 0.4.13, lm_eval/tasks, so that numbers can be compared.
 
 PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
 NEVER = "none of the choices"  # the gold answer of an item that no model can get right
@@ -506,12 +502,11 @@ class Task:
                           "max_gen_toks": doc.get("max_tokens", self.max_tokens)})]
 
     def shot(self, doc):
-        """A solved example, with the first of several answers. For an empty target the harness
-        leaves out the blank line too."""
+        """A solved example, with the first of several answers."""
         if not self.target and self.right(doc) is NEVER:
             raise UserError(f"{place_of(doc)} cannot be a shot: none of its choices is right")
         answer = self.target(doc) if self.target else self.choices(doc)[self.right(doc)]
-        if self.target and not answer:
+        if self.target and not answer:          # the harness leaves out the blank line, too
             return self.prompt(doc)
         answer = answer[0] if isinstance(answer, list) else answer
         return self.prompt(doc) + self.delimiter + answer + "\n\n"
@@ -722,8 +717,9 @@ TASKS = TaskTable((task.name, task) for task in (
          choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
          gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"]),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
-         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"), short="CQ",
-         choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"), splits=HIDDEN),
+         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
+         choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"), splits=HIDDEN,
+         short="CQ"),
     Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"), metrics=BOTH,
          hub=("Rowan/hellaswag", None), splits=HIDDEN, short="HS",
          prompt=lambda doc: hellaswag_clean("{activity_label}: {ctx_a} ".format_map(doc)
@@ -956,8 +952,7 @@ class Request(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a forward: it reads the tokens from `start` to `end` of its members (numbers of
-    requests), whose tokens are equal up to `end`."""
+    """A row of a forward: the tokens `start` to `end`, equal in its members (request numbers)."""
     start: int
     end: int
     members: list
@@ -1014,8 +1009,7 @@ class Prepared:
         self.batches = even_batches(sorted(rows, key=lambda row: -row.end), batch_size)
 
     def _request(self, ask, doc, limit):
-        """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
-        left, as the harness cuts it, and counted."""
+        """Tokenise. If too long, a file's item is refused, a named task's is cut on the left."""
         if self.task.choices:
             tokens, scored = encode_pair(self.tokenizer, *ask, self.bos)
             request = Request(tuple(tokens), scored)
@@ -1035,8 +1029,7 @@ class Prepared:
             raise UserError(f"{place_of(doc)}: {len(request.tokens)} tokens and {request.max_new} "
                             f"to generate (see --max-gen-toks), but the model's room is {limit}.")
         self.truncated += 1
-        return request._replace(tokens=request.tokens[-room:],
-                                scored=min(request.scored, room - 1))
+        return request._replace(tokens=request.tokens[-room:], scored=min(request.scored, room - 1))
 
     def _rows(self, members, longest):
         """One Row of the tokens that a document's requests share before their first scored token;
@@ -1058,8 +1051,7 @@ class Prepared:
 
 
 def even_batches(rows, size):
-    """Cut a list into lists of at most `size` rows, as even as can be, in a number that 2, 4 or 8
-    processes can share out evenly."""
+    """Cut a list into even lists of at most `size` rows, in a number that 2, 4 or 8 ranks share."""
     count = math.ceil(len(rows) / size)
     step = min(8, 1 << (count - 1).bit_length())        # 1, 2, 4 or 8
     count = min(math.ceil(count / step) * step, len(rows))
@@ -1097,8 +1089,8 @@ def read(model, requests, rows, cache=None, past=0):
     """One forward of Rows -> for each scored token that follows one of their tokens, its request
     [N] and its log-probability [N] in fp32, left on the device, since to fetch it is to wait.
     Rows that start at token 0 fill `cache`, if there is one, padded on the left, so that tails
-    follow directly. Later ones continue its sequences, one each, of `past` positions. All but the
-    former are padded on the right, where no mask is needed."""
+    follow directly. Later ones continue its sequences, one each, of `past` positions. Without a
+    cache, and in tails, rows are padded on the right, where no mask is needed."""
     left = cache is not None and past == 0
     ids, real = pad([requests[row.members[0]].tokens[row.start: row.end] for row in rows], left)
     T, kwargs = ids.shape[1], {}
@@ -1165,9 +1157,8 @@ def answer_choices(model, prepared, batch):
 
 
 def stop_on_text(tokenizer, stops, prompt_length):
-    """A criterion for generate() that ends row b when its new text contains a string of stops[b].
-    Only the last tokens are decoded: as many as the longest string has bytes, since a token has one
-    at least, and a few for special tokens, which have none."""
+    """A criterion for generate() that ends row b when its new text contains a string of stops[b]:
+    as many last tokens are decoded as the longest has bytes, and a few for special tokens."""
     stops = [list(filter(None, row)) for row in stops]
     last = 8 + max((len(stop.encode()) for row in stops for stop in row), default=0)
 
@@ -1180,8 +1171,7 @@ def stop_on_text(tokenizer, stops, prompt_length):
 
 
 def answer_prompts(model, prepared, batch):
-    """All prompts go on until the last has ended, so a text may run past its stop string, where
-    Task.score cuts it."""
+    """All prompts go on until the last has ended; Task.score cuts a text at its stop string."""
     tokenizer, numbers = prepared.tokenizer, [row.members[0] for row in batch]
     asked = [prepared.requests[i] for i in numbers]
     ids, real = pad([request.tokens for request in asked], left=True)               # [B, T]
@@ -1332,8 +1322,7 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
     mixers[layer] -> their Scores, in that order, on rank 0; None on the others. The hybrids share
     their lower layers on each batch, unless `plain`, and several ranks take turns with the batches.
-    Adds layer_tokens to the Counter `cost`. Raises FloatingPointError for a log-likelihood that is
-    not finite."""
+    Adds layer_tokens to the Counter `cost`. Raises FloatingPointError for an infinite score."""
     task, scores = prepared.task, []
     batches = progress(prepared.batches[rank()::world_size()], unit="batch", leave=False,
                        desc=f"{task.name} x {len(layer_sets)}")
@@ -1433,10 +1422,9 @@ def shared_layers(layers, tapes, record, generates):
 # ------------------------------------------------------------------------------------------------
 # Decoding speed against the number of linear layers (Figure 2, Table 2's speed-up)
 #
-# As in Jet-Nemotron: a chunked prefill of random tokens, then decoding, with one row and with as
-# many as fit. A batch is copies of one prefilled row, because speed does not depend on the tokens.
-# Every step decodes the token right after the context, so all steps do the same work and a CUDA
-# graph can replay them. Peak memory always includes both modules of each layer.
+# A chunked prefill of random tokens, then decoding of as many copies of that row as fit, since the
+# tokens do not change the speed. Every step decodes the token right after the context, so that a
+# CUDA graph can replay it. Peak memory always includes both modules of each layer.
 
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
@@ -1554,8 +1542,7 @@ def way_to_decode(model, mixers):
 
 
 def hybrids_to_time(args, model):
-    """({number of linear layers: which}, {layer: linear module}, the modules' kind) of flags. A
-    saved hybrid stays as it is."""
+    """({number of linear layers: which}, {layer: linear module}, the modules' kind)."""
     if saved := linear_layers(model):
         kinds = set(map(type, model.modules()))
         return {len(saved): ()}, {}, "+".join(name for name, kind in linear_attn.MIXERS.items()
@@ -1654,9 +1641,8 @@ def find_task(name, args):
     """A named task, or the task of a file. Raises UserError for what cannot be scored at all."""
     is_file = Path(name).is_file() or name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet"))
     if name in DEMO_TASKS or is_file and not TASKS.named(name):
-        given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
+        if (args.docs, args.shot_docs, args.shots) != (None, None, None):
+            raise UserError(f"--docs, --shot-docs, --shots go with a named task, not with {name}.")
         task, _ = file_task(item_file(name, "validation"))
     else:
         task = TASKS[name]
@@ -1670,9 +1656,8 @@ def find_task(name, args):
 
 
 def search_documents(args, train=False):
-    """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
-    task file came without --test}) of replace.py's flags. With `train`, for distill.py --finetune,
-    the former are the whole train split. Raises UserError."""
+    """(task, metric, {"validation": documents to search on or, with `train`, to train on, "test":
+    documents to report, unless a task file came without --test}). Raises UserError."""
     task, files = find_task(args.task, args), {"validation": args.task, "test": args.test}
     if args.test and (task.hub or args.task in DEMO_TASKS):
         raise UserError("--test goes with a --task that is a file; a named task has its own.")
