@@ -42,10 +42,11 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 from eval import (
     DEMO, DEMO_TASKS, NEVER, ArgumentParser, Row, UserError, add_model_flags, add_task_flags,
-    add_up, attention_modules, blame, claim_dir, command_line, cut, digest, evaluate_hybrids,
-    fingerprint, finish, gather, join_ranks, layer_file, load_model, log, max_length, parse_layers,
-    positive, prepare, progress, rank, read, read_docs, read_run, run_script, search_documents,
-    versions, world_size, write_atomic, write_directory, write_json, write_lines)
+    add_up, attention_modules, blame, claim_dir, command_line, cut, decoder_layers, digest,
+    evaluate_hybrids, fingerprint, finish, finish_plan, forward_flops, gather, join_ranks,
+    layer_file, load_model, log, max_length, parse_layers, positive, prepare, progress, rank, read,
+    read_docs, read_run, run_script, search_documents, versions, world_size, write_atomic,
+    write_directory, write_json, write_lines)
 from linear_attn import MIXERS, linear_layers
 import transformers     # after eval, which says plainly what is wrong where it cannot be imported
 
@@ -550,13 +551,18 @@ def distill(model, mixers, corpus, args, out, record):
     tokens = steps * args.batch_size * args.seq_len
     write_json(out / "distill.json", {
         **record, "held_out": {"start": state["start"], "end": end},
-        "cost": cost_of(state["seconds"], tokens, model.device),
+        "cost": {**cost_of(state["seconds"], tokens, model.device),
+                 "flops": distill_flops(model, mixers, tokens, args.seq_len)},
         "skipped_rows": corpus.skipped, "finished": True})
 
 
 def cost_of(seconds, tokens, device):
+    """What every record has; the hours of all processes are added up."""
+    hours, gpu = seconds * world_size() / 3600, device.type == "cuda"
     return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
-            "ranks": world_size(), "peak_memory": peak_memory(device), "device": str(device)}
+            "hours": hours, "gpu_hours": hours if gpu else None, "ranks": world_size(),
+            "device": torch.cuda.get_device_name(device) if gpu else str(device),
+            "peak_memory": peak_memory(device)}
 
 
 def peak_memory(device):
@@ -565,6 +571,24 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def distill_flops(model, mixers, tokens, seq_len):
+    """FLOPs of all training steps: the teacher's forward to the last wanted attention, and three
+    times the students' forward. Neither the closed form nor the held-out error is counted."""
+    flops = lambda module: forward_flops(module, model.config, tokens, tokens * seq_len)
+    teacher = [*decoder_layers(model)[: max(mixers)], attention_modules(model)[max(mixers)]]
+    return sum(map(flops, teacher)) + 3 * sum(map(flops, mixers.values()))
+
+
+def plan(model, mixers, args):
+    """--dry-run. Memory: students and Adam's moments in fp32, the gradients of one student, and for
+    each token of a step 80 fp32 numbers per channel (measured on a CPU: 53 to 77)."""
+    step, width = args.batch_size * args.seq_len, mixers[min(mixers)].q_proj.in_features
+    steps = max(1, args.tokens // step)
+    flops = distill_flops(model, mixers, steps * step, args.seq_len)
+    finish_plan(args, model, mixers, {"steps": steps, "tokens": steps * step, "flops": flops},
+                12 + 4 / len(mixers), 4 * 80 * width * step // world_size())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -706,6 +730,8 @@ def parse_args():
         "2e-5; in models narrower than 1,536 times (1536 / width)^0.75)")
     add("--out", help="the run directory")
     add("--resume", action="store_true", help="continue the run in --out")
+    add("--dry-run", nargs="?", type=positive(float), const=0, metavar="TFLOPS",
+        help="print steps, FLOPs and memory, and the hours at a rate of TFLOPS; reads no weights")
     add("--finetune", metavar="TASK", help="no distillation: train --model on the training split "
         "of a named task, or on a .jsonl file, and score it before and after")
     add = parser.add_argument_group("fine-tuning and its scores").add_argument
@@ -734,8 +760,8 @@ def main():
     if any(read_run(args.out, name) for name in RECORDS) and not args.resume:
         raise UserError(f"{args.out} holds a run: add --resume to continue it.")
     if args.finetune:
-        if args.model is None or args.data or args.layers:
-            raise UserError("--finetune needs a --model, and takes no --data and no --layers.")
+        if args.model is None or args.data or args.layers or args.dry_run is not None:
+            raise UserError("--finetune needs a --model, and takes no --data, --layers, --dry-run.")
         record = finetune(args)
         remove_checkpoints(args.out)
         for when in ("before", "after") if record["after"] else ():
@@ -749,13 +775,15 @@ def main():
         raise UserError(f"--batch-size is not a multiple of the {world_size()} processes.")
     args.data = args.data or PAPER_MIX
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code,
-                                  base_only=True)
+                                  base_only=True, weights=args.dry_run is None)
     count = len(attention_modules(model))
     layers = parse_layers(args.layers, count) if args.layers else list(range(count))
     if args.seq_len > (max_length(model) or math.inf):
         raise UserError(f"--seq-len is beyond the model's context of {max_length(model)} tokens.")
     args.lr = args.lr or peak_rate(model, LR)
     mixers = make_mixers(model, args.attn, layers, args.init, args.seed)
+    if args.dry_run is not None:
+        return plan(model, mixers, args)
     corpus = open_corpus(args, tokenizer)
     settings = {
         "teacher": args.model, "teacher_fingerprint": fingerprint(model), "attn": args.attn,

@@ -310,9 +310,11 @@ def add_model_flags(parser):
                         help="run code that the base model's repository brings along")
 
 
-def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False):
+def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False,
+               weights=True):
     """(model, tokenizer), ready to score on `device`. Raises UserError for anything but a complete
-    causal language model with a tokenizer; with `base_only` also if it cannot be converted."""
+    causal language model with a tokenizer; with `base_only` also if it cannot be converted.
+    Without `weights` (--dry-run) the model is only its shapes, on the device "meta"."""
     if not Path(name, "config.json").is_file() and (
             name.lower().endswith("gguf") or any(Path(name).glob("*.gguf"))):
         raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
@@ -331,23 +333,32 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     load = linear_attn.load_hybrid if hybrid else functools.partial(
-        AutoModelForCausalLM.from_pretrained, trust_remote_code=trust_remote_code)
+        AutoModelForCausalLM.from_pretrained if weights else shapes_only,
+        trust_remote_code=trust_remote_code)
     with blame(f"{name} does not load as a causal language model with a tokenizer"
                + (" (load it unquantised, in bf16)" if quantised else "")):
         model, info = load(name, output_loading_info=True, device_map=device_map,
                            dtype=getattr(torch, dtype))
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint has no {min(info['missing_keys'])}")
-        if not (device_map or quantised):           # their parts are where they must be
+        if weights and not (device_map or quantised):   # their parts are where they must be
             model = model.to(device)
         model = model.eval().requires_grad_(False)
-        if model.config.is_encoder_decoder or not is_causal(model):
+        if model.config.is_encoder_decoder or weights and not is_causal(model):
             raise ValueError("a token's prediction depends on later tokens")
         tokenizer = AutoTokenizer.from_pretrained(name, config=model.config,
                                                   trust_remote_code=trust_remote_code)
-    if base_only:
+    if base_only and weights:
         check_replaceable(model)
     return model, tokenizer
+
+
+def shapes_only(name, dtype, trust_remote_code, **unused):
+    """What from_pretrained returns, on the device "meta"."""
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code), {"missing_keys": ()}
 
 
 @torch.no_grad()
@@ -450,6 +461,46 @@ def load_blocks(runs, model, layers=None):
             mixer.load_state_dict(safetensors.torch.load_file(layer_file(run, layer)))
         mixers[layer] = mixer.eval().requires_grad_(False)
     return mixers
+
+
+# What a run costs, by formula
+
+def forward_flops(module, config, tokens, squares):
+    """FLOPs of a forward through a decoder layer, an attention module or a mixer. A token takes 2
+    for each weight of the matrices (of experts [E, out, in], the chosen ones); 4 heads D for each
+    token that softmax attention shows it; and for each number of linear attention's states 5 (GLA:
+    1 to decay, 2 to write, 2 to read) or 7 (2 for S^T k). The tokens from `start` to `end` of a
+    text see (end^2 - start^2) / 2 tokens, and `squares` is the sum of end^2 - start^2. Norms,
+    activations and the limits of sliding windows are not counted."""
+    config = config.get_text_config(decoder=True)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    flops = 2 * tokens * sum(p.numel() if p.dim() < 3 else p[0].numel() * (chosen or len(p))
+                             for p in module.parameters() if p.dim() > 1)
+    for mixer in module.modules():
+        if isinstance(mixer, linear_attn.LinearAttention):
+            rate = 5 if isinstance(mixer, linear_attn.GatedLinearAttention) else 7
+            return flops + rate * tokens * mixer.num_heads * mixer.head_dim ** 2
+    head_dim = linear_attn.head_dim_of(config, config)
+    return flops + 2 * squares * config.num_attention_heads * head_dim
+
+
+def finish_plan(args, model, mixers, plan, weight_bytes, activations):
+    """End a --dry-run: print the `plan`, its hours, and whether one process has the memory for the
+    model, the mixers at `weight_bytes` per weight, and `activations` (bytes)."""
+    device, rate = find_device(args.device), args.dry_run * 1e12 * world_size()
+    available = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+                 else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    weights = sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
+    memory = {"model": model.num_parameters() * model.dtype.itemsize,
+              "mixers": round(weight_bytes * weights), "activations": activations}
+    needed = sum(memory.values())
+    plan |= {"hours": plan["flops"] / rate / 3600 if rate else None, "bytes": memory,
+             "needed": needed, "available": available, "fits": needed <= available}
+    log("\n".join(f"{key}: {value:,}" if type(value) in (int, float) else f"{key}: {value}"
+                  for key, value in plan.items()))
+    log(f"this will {'' if plan['fits'] else 'not '}fit: it needs {needed / 2**30:.2f} GiB, and "
+        f"{args.device} has {available / 2**30:.2f} GiB")
+    finish(plan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1322,7 +1373,7 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
     mixers[layer] -> their Scores, in that order, on rank 0; None on the others. The hybrids share
     their lower layers on each batch, unless `plain`, and several ranks take turns with the batches.
-    Adds layer_tokens to the Counter `cost`. Raises FloatingPointError for an infinite score."""
+    Adds search_cost to the Counter `cost`. Raises FloatingPointError for an infinite score."""
     task, scores = prepared.task, []
     batches = progress(prepared.batches[rank()::world_size()], unit="batch", leave=False,
                        desc=f"{task.name} x {len(layer_sets)}")
@@ -1331,7 +1382,7 @@ def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_cod
     if rank() > 0:
         return None
     if cost is not None:
-        cost.update(layer_tokens(prepared, len(decoder_layers(model)), layer_sets, plain))
+        cost.update(search_cost(model, prepared, mixers, layer_sets, plain))
     for layers in layer_sets:
         outputs = {i: answer for answers in done for i, answer in answers[layers].items()}
         per_doc = [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
@@ -1353,16 +1404,25 @@ def common_layers(layer_sets, plain):
     return {first: max(common.values(), default=0), **common}
 
 
-def layer_tokens(prepared, num_layers, layer_sets, plain):
-    """{"run": how many layers times tokens are run, "plain": how many without sharing}. Padding is
-    not counted, and a generated text counts with its largest length."""
-    common = common_layers(layer_sets, plain).values()
-    rows = [row for batch in prepared.batches for row in batch]
-    rest = sum(tail.length for row in rows for tail in prepared.tails(row))
-    read = sum(row.end for row in rows)
-    full = len(common) * num_layers * (read + rest)
-    shared = read + rest if prepared.task.choices else read
-    return {"run": full - (sum(common) - max(common)) * shared, "plain": full}
+def search_cost(model, prepared, mixers, layer_sets, plain):
+    """A Counter of what evaluate_hybrids runs: layers times tokens ("layer_tokens"), the same
+    without sharing ("plain"), and "flops", with the head's where logits are read. Padding is not
+    counted, and a generated text counts with its largest length."""
+    common = common_layers(layer_sets, plain)
+    rows, cost = [row for batch in prepared.batches for row in batch], collections.Counter()
+    tails = [tail for row in rows for tail in prepared.tails(row)]
+    full, rest = ((sum(row.length for row in part), sum(row.end**2 - row.start**2 for row in part))
+                  for part in (rows + tails, () if prepared.task.choices else tails))
+    logits = sum(request.scored + request.max_new for request in prepared.requests)
+    common[next(iter(common))] = 0                      # the first shares with none before it
+    for linear, shared in common.items():
+        cost["flops"] += 2 * logits * model.get_output_embeddings().weight.numel()
+        with replaced(model, mixers, linear):
+            for i, layer in enumerate(decoder_layers(model)):
+                run = rest if i < shared else full          # (tokens, squares)
+                cost.update(layer_tokens=run[0], plain=full[0],
+                            flops=forward_flops(layer, model.config, *run))
+    return cost
 
 
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):

@@ -127,7 +127,8 @@ class LinearAttention(nn.Module):
             heads = len(teacher[0]["weight"]) // dim
             biases = ["bias" in projection for projection in teacher]
         with torch.device(like.device):
-            mixer = cls(config.hidden_size, heads, dim, biases, layer_idx, seed)
+            mixer = cls(config.hidden_size, heads, dim, biases, layer_idx,
+                        None if like.is_meta else seed)
             mixer.config, mixer.init = config, init
             if init == "inherit":
                 for name, projection in zip("qkvo", teacher):

@@ -23,6 +23,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from distill import (
-    demo_text, demo_tokenizer, make_demo, make_mixers, make_optimizers, peak_memory,
-    teacher_forward, train_step)
+    cost_of, demo_text, demo_tokenizer, distill_flops, make_demo, make_mixers, make_optimizers,
+    peak_memory, teacher_forward, train_step)
 from eval import (
     DEMO, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
     search_documents, versions, write_json)
@@ -240,7 +241,7 @@ class Scores:
             rows = gather(scores and [
                 {"split": split, "layers": list(layers), "score": score.mean(),
                  "stderr": score.stderr(), "n": score.n, "seconds": round(seconds, 4),
-                 "layer_tokens": cost["run"] / len(new), "plain": cost["plain"] / len(new),
+                 **{key: value / len(new) for key, value in cost.items()},
                  "items": [item[self.metric] for item in score.items]}
                 for layers, score in zip(new, scores)])[0]
             if rank() == 0:
@@ -293,8 +294,10 @@ class Scores:
     def cost(self):
         """Cost of the validation scores that this run used, even if an earlier run paid it."""
         rows = [self.known["validation", layers] for layers in self.asked]
-        run, plain = (round(sum(row[k] for row in rows)) for k in ("layer_tokens", "plain"))
+        run, plain, flops = (round(sum(row[k] for row in rows))
+                             for k in ("layer_tokens", "plain", "flops"))
         return {"search_seconds": sum(row["seconds"] for row in rows), "evaluations": len(rows),
+                "tokens": plain // len(attention_modules(self.model)), "flops": flops,
                 "layer_tokens": run, "plain_layer_tokens": plain, "saved": 1 - run / plain}
 
 
@@ -363,21 +366,15 @@ continuous batching (`generate_batch`), tensor parallelism or flex attention. Ho
 PAPER_TOKENS, PAPER_ITEMS = 100_000_000, 500
 
 
-def linear_flops(module):
-    """FLOPs per token of a module's linear maps in a forward."""
-    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
-
-
 def time_distillation(model, mixers, batch):
-    """Hours for the paper's tokens at the speed of train_step on batch [B, T]. FLOPs: the teacher's
-    forward, the students' forward and twice as much backwards."""
+    """Hours for the paper's tokens at the speed of train_step on batch [B, T]."""
     optimizers = make_optimizers(mixers)
     for step in range(-2, 20):                              # the first two are a warm-up
         if step == 0:
             began = evaluation.clock(model.device)
         train_step(model, mixers, optimizers, batch, 1e-4)
     rate = 20 * batch.numel() / (evaluation.clock(model.device) - began)
-    flops = linear_flops(model.get_decoder()) + 3 * sum(map(linear_flops, mixers.values()))
+    flops = distill_flops(model, mixers, batch.numel(), batch.shape[1]) / batch.numel()
     return {"hours": PAPER_TOKENS / rate / 3600, "tokens_per_second": rate,
             "flops_per_second": flops * rate, "peak_memory": peak_memory(model.device)}
 
@@ -393,9 +390,8 @@ def time_search(model, mixers, prepared, args):
         greedy(scores.validation, len(mixers), run_all=True)
     items, cost = len(prepared.docs), scores.cost()
     seconds = cost.pop("search_seconds")
-    flops = linear_flops(model.get_decoder()) / len(mixers) * cost["layer_tokens"]
     return {"hours": seconds * PAPER_ITEMS / items / 3600, "seconds": seconds, "items": items,
-            "of_items": PAPER_ITEMS, **cost, "flops_per_second": flops / seconds,
+            "of_items": PAPER_ITEMS, **cost, "flops_per_second": cost["flops"] / seconds,
             "peak_memory": peak_memory(model.device)}
 
 
@@ -759,6 +755,9 @@ def parse_args():
     add("--report", metavar="DIR", type=Path,
         help="no search: the paper's tables and figures beside ours, from the results below DIR")
     add("--out", help="directory for the journal, the result and the checkpoints")
+    add("--dry-run", nargs="?", type=evaluation.positive(float), const=0, metavar="TFLOPS",
+        help="print evaluations, FLOPs (at most) and memory, and the hours at a rate of TFLOPS; "
+        "reads no weights")
     return parser.parse_args()
 
 
@@ -843,10 +842,9 @@ def run_search(args):
     result |= {"n": {name: len(split.docs) for name, split in splits.items()},
                "model": args.model, "blocks": args.blocks,
                "attn": evaluation.read_run(args.blocks.split(",")[0])["attn"]}
-    result["cost"] = {"seconds": time.perf_counter() - began, **scores.cost(),
-                      "memory": peak_memory(model.device), "device": str(model.device),
-                      "ranks": evaluation.world_size(), "versions": versions()}
-    result["cost"]["hours"] = result["cost"]["search_seconds"] * evaluation.world_size() / 3600
+    cost = scores.cost()
+    result["cost"] = {**cost_of(cost["search_seconds"], cost["tokens"], model.device), **cost,
+                      "seconds": time.perf_counter() - began, "versions": versions()}
     if rank() == 0:
         for name in ("best", "opt"):
             save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
@@ -862,10 +860,47 @@ def run_search(args):
     return result
 
 
+def plan(args):
+    """--dry-run: the most that a search may run, with gdn where --blocks holds no run yet. Greedy
+    search shares least if the last layers go first. Memory: for each token of a batch and channel 3
+    numbers per layer, for outputs and caches, and 25 for the layer that runs (fitted on a CPU)."""
+    if args.model is None or args.task is None:
+        raise UserError("--dry-run needs a --model and a --task.")
+    task, _, documents = search_documents(args)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code,
+                                  base_only=True, weights=False)
+    prepared = prepare(task, documents["validation"], model, tokenizer, args, searched=True)
+    num_layers, known, cost = len(attention_modules(model)), set(), collections.Counter()
+    given = tuple(evaluation.parse_layers(args.layers, num_layers)) if args.layers else ()
+    run = args.blocks and evaluation.read_run(args.blocks.split(",")[0])
+    attn, init = (run["attn"], run["init"]) if run else ("gdn", "inherit")
+    mixers = make_mixers(model, attn, range(num_layers), init, args.seed)
+
+    def evaluate(layer_sets):
+        new = {tuple(sorted(layers)) for layers in layer_sets} - known
+        known.update(new)
+        if new:
+            cost.update(evaluation.search_cost(model, prepared, mixers, new, args.plain))
+        return [sum(layers) for layers in layer_sets]       # so the last layer is the best
+
+    if args.strategy == "impact":
+        args.strategy = "random"        # any order costs as much, and this one needs no weights
+    candidates, _ = candidates_of(args, SimpleNamespace(validation=evaluate), num_layers, given)
+    greedy(evaluate, num_layers, run_all=True, budget=len(given) or args.budget,
+           candidates=candidates)
+    tokens = args.batch_size * max(len(r.tokens) + r.max_new for r in prepared.requests)
+    numbers = (25 + 3 * num_layers) * mixers[0].q_proj.in_features
+    evaluation.finish_plan(args, model, mixers, {
+        "attn": attn, "evaluations": len(known), "tokens": cost["plain"] // num_layers,
+        "flops": cost["flops"]}, model.dtype.itemsize, tokens * numbers * model.dtype.itemsize)
+
+
 def main():
     args = parse_args()
     if args.report:
         return evaluation.finish(make_report(args))
+    if args.dry_run is not None:
+        return plan(args)
     evaluation.join_ranks(args.device)
     if args.benchmark:
         return evaluation.finish(benchmark(args))

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import eval as evaluation
@@ -2347,11 +2348,12 @@ def test_every_way_gives_the_same(family, kind):
                 model, split, mixers, sets, plain=plain, cost=cost))
             found.append(([score.outputs for score in scores], counted, cost))
         (shared, few, cheap), (plain, many, dear) = found
-        assert shared == plain and cheap["plain"] == dear["plain"] == dear["run"] > cheap["run"]
+        assert shared == plain and cheap["plain"] == dear["plain"] == dear["layer_tokens"]
+        assert dear["layer_tokens"] > cheap["layer_tokens"]
         layers_run = max(full) + sum(num_layers - layer for layer in full)
         assert few < many if kind == "generate" else (
-            few * dear["run"] == many * cheap["run"]
-            and cheap["run"] * len(full) * num_layers == cheap["plain"] * layers_run)
+            few * dear["layer_tokens"] == many * cheap["layer_tokens"]
+            and cheap["layer_tokens"] * len(full) * num_layers == cheap["plain"] * layers_run)
         with replace.replaced(model, mixers, sets[0]):
             assert_as_one_by_one(shared[0], model, split)
         assert len({str(outputs) for outputs in shared}) == len(sets) or kind == "generate"
@@ -2379,13 +2381,79 @@ def test_benchmark_of_both_phases(script):
     assert "tokens per second" in errors
     assert search["evaluations"] == 11 and search["items"] == 2
     assert search["plain_layer_tokens"] == 11 * 4 * 2 * 40 > search["layer_tokens"]
-    # the FLOPs by hand: q, k, v, o and MLP; the head for one position of each item
-    layer = 2 * (64 * 64 * 3 + 3 * 64 * 128) + 2 * 64 * 64 / (4 * 40)
-    assert search["flops_per_second"] * search["seconds"] / search["layer_tokens"] == pytest.approx(
-        layer, rel=0.01)
+    # the FLOPs of a token by hand, in chunks of 64: q, k, v, o and the scores; MLP; a student
+    attention, mlp = 2 * 3 * 64 * 64 + 2 * 64 * 64, 2 * 3 * 64 * 128
+    student = 2 * (5 * 64 * 64 + 2 * 4 * 64 + 8 * 64 + 4 * 64 * 8) + 7 * 4 * 16 * 16
+    assert distillation["flops_per_second"] / distillation["tokens_per_second"] == pytest.approx(
+        4 * attention + 3 * mlp + 3 * 4 * student)
+    assert search["flops_per_second"] == search["flops"] / search["seconds"]
     assert search["hours"] == pytest.approx(search["seconds"] * 500 / 2 / 3600)
     assert distillation["hours"] == pytest.approx(1e8 / distillation["tokens_per_second"] / 3600)
     script(["replace.py", "--benchmark", "--model", "m"], 2, "its own model")
+
+
+@pytest.mark.parametrize("family", ("Llama", "GPT2", "Qwen3"))
+def test_flops_are_those_that_torch_counts(family):
+    """The formula could miss a matrix: torch counts whole squares of scores, and linear layers."""
+    model, (B, T) = random_model(small(family, attn_implementation="eager")), (2, 32)
+    flops = functools.partial(evaluation.forward_flops, config=model.config, tokens=B * T)
+    with FlopCounterMode(display=False) as counter:
+        model.get_decoder()(tokens(B, T), use_cache=False)
+    layers = linear_attn.decoder_layers(model)
+    assert counter.get_total_flops() == sum(
+        flops(layer, squares=2 * B * T * T) for layer in layers)
+    for attn, per_state in (("gla", 5), ("gdn", 7), ("jet", 7)):
+        mixer = shaken_mixers(model, attn)[0]
+        with FlopCounterMode(display=False) as counter:
+            mixer(torch.randn(B, T, 32))
+        counts = counter.get_flop_counts()["Global"]        # the projections alone: bmm is chunks'
+        matrices = counts[torch.ops.aten.mm] + counts[torch.ops.aten.addmm]
+        taps = 2 * mixer.conv_kernel.numel() if attn == "gdn" else 0
+        assert flops(mixer, squares=0) == matrices + B * T * (
+            taps + per_state * mixer.num_heads * mixer.head_dim ** 2)
+
+
+def test_a_dry_run_says_what_a_run_records(lab, runs, searches, tmp_path, script):
+    """A plan could promise other costs than a run has, need the weights, or write something."""
+    model = shutil.copytree(lab / "model", tmp_path / "model",
+                            ignore=lambda *_: ["model.safetensors"])
+    for attn in MIXERS:
+        plan, _ = script(distill_command(lab, tmp_path / "d", model=model, attn=attn, dry_run=True))
+        cost = distill.read_run(runs[attn])["cost"]
+        assert [plan[key] for key in ("tokens", "flops", "hours")] == [
+            cost["tokens"], cost["flops"], None]
+        assert (plan["steps"], cost["device"], cost["gpu_hours"]) == (32, "cpu", None)
+    for number, flags in enumerate((dict(order="uniform"), dict(order="local", budget=2),
+                                    dict(plain=True), dict(layers="1,2"))):
+        words = replace_command(lab, runs["jet"], tmp_path / str(number), all=True, **flags)
+        plan, _ = script([*words, "--dry-run", "--model", model])
+        cost = script(words)[0]["cost"]
+        for key in ("evaluations", "tokens", "flops"):
+            assert plan[key] == cost[key], (flags, key)
+    plan, _ = script(replace_command(lab, tmp_path, tmp_path / "r", model=model, dry_run=True))
+    cost = result_of(searches["gdn"])[1]        # with shared layers the plan is a bound
+    assert plan["evaluations"] == cost["evaluations"] and plan["flops"] >= cost["flops"]
+    assert not (tmp_path / "d").exists() and not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_says_what_does_not_fit(lab, runs, tmp_path, script):
+    """A run that needs more memory than there is would be found out only when it runs."""
+    for rate in (2, 200):
+        plan, err = script(distill_command(lab, tmp_path / "d", dry_run=rate, tokens=10**12,
+                                           batch_size=10**10))
+        assert plan["hours"] == pytest.approx(plan["flops"] / rate / 3.6e15)
+        assert not plan["fits"] and "this will not fit: it needs" in err
+    weights, student = (sum(t.numel() for t in load_file(path).values()) for path in (
+        lab / "model/model.safetensors", distill.layer_file(runs["gdn"], 0)))
+    assert plan["bytes"]["model"] == 4 * weights
+    assert plan["bytes"]["mixers"] == 4 * student * 12 + student * 4    # gradients of one
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{")
+    for flags in (dict(model=tmp_path / "model"), dict(model=tmp_path / "none")):
+        for words in (distill_command(lab, tmp_path / "d", dry_run=True, **flags),
+                      replace_command(lab, tmp_path, tmp_path / "r", dry_run=True, **flags)):
+            script(words, 2, "no such model")
+    script(["replace.py", "--dry-run"], 2, "--dry-run needs a --model and a --task")
 
 
 @pytest.mark.slow
