@@ -1604,9 +1604,8 @@ def way_to_decode(model, mixers):
 def hybrids_to_time(args, model):
     """({number of linear layers: which}, {layer: linear module}, the modules' kind)."""
     if saved := linear_layers(model):
-        kinds = set(map(type, model.modules()))
-        return {len(saved): ()}, {}, "+".join(name for name, kind in linear_attn.MIXERS.items()
-                                              if kind in kinds)
+        kinds = [n for n, kind in linear_attn.MIXERS.items() if kind in map(type, model.modules())]
+        return {len(saved): ()}, {}, "+".join(kinds)
     attention = attention_modules(model)
     sets = {count: list(range(count)) for count in range(len(attention) + 1)}
     if args.layers_from:
