@@ -1482,9 +1482,10 @@ def shared_layers(layers, tapes, record, generates):
 # ------------------------------------------------------------------------------------------------
 # Decoding speed against the number of linear layers (Figure 2, Table 2's speed-up)
 #
-# A chunked prefill of random tokens, then decoding of as many copies of that row as fit, since the
-# tokens do not change the speed. Every step decodes the token right after the context, so that a
-# CUDA graph can replay it. Peak memory always includes both modules of each layer.
+# As in Jet-Nemotron: a chunked prefill of random tokens, then decoding of one row and of as many
+# copies of it as fit, since the tokens do not change the speed. Every step decodes the token right
+# after the context, so that a CUDA graph can replay it. Peak memory always includes both modules
+# of each layer.
 
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts

@@ -34,7 +34,7 @@ from distill import (
     cost_of, demo_text, demo_tokenizer, distill_flops, make_demo, make_mixers, make_optimizers,
     peak_memory, teacher_forward, train_step)
 from eval import (
-    DEMO, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
+    DEMO, PAPER, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
     search_documents, versions, write_json)
 from kernels import measured_limits
 from linear_attn import KNOWN, UserError, attention_modules, check_savable, replaced, save_hybrid
@@ -437,7 +437,6 @@ def benchmark(args):
 # ------------------------------------------------------------------------------------------------
 # The report: the paper's tables beside ours and its figures, from the files below a directory
 
-PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
 TITLES = {"Table 1": "test score of M_best, and its number of linear layers",
           "Table 2": "test score of M_opt, which keeps 95 % of the validation score",
           "Table 3": "hours of one device", "Table 4": "10 of every 28 layers linear, by order"}
