@@ -44,13 +44,12 @@ _INTERPRETED = triton is not None and triton.knobs.runtime.interpret        # TR
 # -----------------------------------------------------------------------------
 # What the ops share
 
-def _check(q, k, v, g, beta, state, gate_shape):
-    """Refuse shapes that broadcasting would accept and silently get wrong."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, H, V)), "g": (g, gate_shape),
-                "beta": (beta, (B, T, H)), "initial_state": (state, (B, H, K, V))}
-    for name, (x, shape) in expected.items():
+def _check(q, k, v, g, beta, state):
+    """Refuse shapes that broadcasting would accept and silently get wrong; no beta means GLA."""
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    for name, x, shape in (("k", k, q.shape), ("v", v, (B, T, H, V)), ("beta", beta, (B, T, H)),
+                           ("g", g, q.shape if beta is None else (B, T, H)),
+                           ("initial_state", state, (B, H, K, V))):
         if x is not None and tuple(x.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)} "
                              f"for q of shape {tuple(q.shape)}")
@@ -73,20 +72,17 @@ def _to_chunks(x, tokens, C, dtype):
     token with k, beta and g of 0 does not change the state."""
     x = x[:, tokens]
     B, T, H, D = x.shape
-    n = -(-T // C)
-    if n * C != T:
-        x = F.pad(x, (0, 0, 0, 0, 0, n * C - T))
-    x = x.reshape(B, n, C, H, D).permute(1, 0, 3, 2, 4)                     # [n,B,H,C,D]
-    return x.to(dtype).contiguous().view(n, B * H, C, D)
+    x = F.pad(x, (0, 0, 0, 0, 0, -T % C)) if T % C else x
+    x = x.reshape(B, -1, C, H, D).permute(1, 0, 3, 2, 4)                    # [n,B,H,C,D]
+    return x.to(dtype).contiguous().flatten(1, 2)
 
 
 def _from_chunks(x, out, tokens):
     """The inverse of _to_chunks: writes x [n,B*H,C,D] to the given tokens of out [B,T,H,D]."""
     out = out[:, tokens]
     B, T, H, D = out.shape
-    n, _, C, _ = x.shape
-    x = x.view(n, B, H, C, D).permute(1, 0, 3, 2, 4)                        # [B,n,C,H,D]
-    out.copy_(x.reshape(B, n * C, H, D)[:, :T])
+    x = x.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4)                       # [B,n,C,H,D]
+    out.copy_(x.reshape(B, -1, H, D)[:, :T])
 
 
 def _groups(T, C, size):
@@ -112,7 +108,7 @@ def _full_precision(function):
 @_full_precision
 def gated_delta_rule_recurrent(q, k, v, g, beta, initial_state=None):
     """The definition, token by token. Shapes and results as `gated_delta_rule`."""
-    _check(q, k, v, g, beta, initial_state, q.shape[:3])
+    _check(q, k, v, g, beta, initial_state)
     dtype, out_dtype, scale = _compute_dtype(q), v.dtype, q.shape[-1] ** -0.5
     S = _start_state(q, v, initial_state)
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
@@ -219,10 +215,8 @@ class _DeltaRule(torch.autograd.Function):
             dq = (dP @ kc).addcmul_(dq_in, from_start).mul_(K ** -0.5)
             dk = (dP.mT @ qc).add_((dA + dA.mT) @ kc).addcmul_(dk_out, to_end)
             dk.addcmul_(dk_in, b * from_start)
-            for x, out in zip((dq, dk, dR.mul_(b)), grads):
-                _from_chunks(x, out, tokens)
-            for x, out in zip((dg, dbeta), grads[3:]):
-                _from_chunks(x.unsqueeze(-1), out.unsqueeze(-1), tokens)
+            for x, out in zip((dq, dk, dR.mul_(b), dg.unsqueeze(-1), dbeta.unsqueeze(-1)), grads):
+                _from_chunks(x, out if out.dim() == 4 else out.unsqueeze(-1), tokens)
         return *grads, dS1.view(dstate.shape)
 
 
@@ -238,7 +232,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, backend="auto"):
     to every input. ValueError if a shape does not fit.
     Equivalent to: gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
     """
-    _check(q, k, v, g, beta, initial_state, q.shape[:3])
+    _check(q, k, v, g, beta, initial_state)
     if q.shape[1] <= 4 and not torch.is_grad_enabled():                     # decoding
         return recurrent_step(q, k, v, g, beta, initial_state, backend=backend)
     if _use_triton(backend, q, q.shape[-1], v.shape[-1], chunks=True):
@@ -252,7 +246,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, backend="auto"):
 @_full_precision
 def gated_linear_attention_recurrent(q, k, v, g, initial_state=None):
     """The definition, token by token. Shapes and results as `gated_linear_attention`."""
-    _check(q, k, v, g, None, initial_state, q.shape)
+    _check(q, k, v, g, None, initial_state)
     dtype, out_dtype, scale = _compute_dtype(q), v.dtype, q.shape[-1] ** -0.5
     S = _start_state(q, v, initial_state)
     q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
@@ -298,7 +292,7 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
     to every input. ValueError if a shape does not fit.
     Equivalent to: gated_linear_attention_recurrent(q, k, v, g, initial_state)
     """
-    _check(q, k, v, g, None, initial_state, q.shape)
+    _check(q, k, v, g, None, initial_state)
     use_triton = _use_triton(backend, q, q.shape[-1], v.shape[-1], chunks=True)
     if not use_triton and g.device.type == "cpu" and (g < -5).any():
         raise ValueError(f"g is {g.min().item():.3g} somewhere, below gated linear attention's "
@@ -1182,7 +1176,7 @@ def recurrent_step(q, k, v, g, beta=None, initial_state=None, inplace=False, bac
     Equivalent to: gated_delta_rule_recurrent(q, k, v, g, beta, initial_state)
     """
     delta = beta is not None
-    _check(q, k, v, g, beta, initial_state, q.shape[:3] if delta else q.shape)
+    _check(q, k, v, g, beta, initial_state)
     if inplace and (initial_state is None or initial_state.dtype != _compute_dtype(q)
                     or not initial_state.is_contiguous()):
         raise ValueError(f"inplace needs a contiguous initial_state of {_compute_dtype(q)}")
@@ -1369,13 +1363,13 @@ def _calls(op, direction, B, T, H, K, V):
     """{provider: call}: ours, fla's op if installed, the torch form, and the softmax attention that
     a mixer replaces. In a step, attention has a cache of T tokens, and the others take turns
     with eight states, more than the L2 cache holds, as the layers of a model do."""
-    step, backward = direction == "step", "backward" in direction
-    kind, bf16 = "per token" if op == "causal_conv" else "no state", torch.bfloat16
+    step, backward, bf16 = direction == "step", "backward" in direction, torch.bfloat16
+    kind, delta = "per token" if op == "causal_conv" else "no state", op == OPS[0]
     inputs = random_inputs(op, (B, 1 if step else T, H, K, V), kind, bf16, "cuda")
-    x, (fla, fla_step) = [y.requires_grad_(backward) for y in inputs.values()], _fla(op == OPS[0])
+    x, (fla, fla_step) = [y.requires_grad_(backward) for y in inputs.values()], _fla(delta)
     if step:
         states = itertools.cycle(torch.randn(8, B, H, K, V, device="cuda"))
-        query, (*x, beta) = x[0].transpose(1, 2), x if op == OPS[0] else [*x, None]
+        query, (*x, beta) = x[0].transpose(1, 2), x if delta else [*x, None]
         keys, values = torch.randn(2, B, H, T, K, device="cuda", dtype=bf16)
         calls = {"ours": lambda: recurrent_step(*x, beta, next(states), True, backend="triton"),
                  "sdpa": lambda: F.scaled_dot_product_attention(query, keys, values)}
@@ -1453,14 +1447,14 @@ def bench_cases():
             ("causal_conv", both[1], (4, 2048, 12, 256, 4)), *sweep]
 
 
-def header(device):
+def header(gpu):
     """What makes a number comparable: chip, driver, versions, commit."""
     from subprocess import getoutput
     folder = os.path.dirname(os.path.abspath(__file__))
+    commit = getoutput(f"git -C '{folder}' rev-parse --short HEAD 2>&-") or "unknown"
     info = dict(device="CPU, in Triton's interpreter", torch=torch.__version__,
-                triton=triton.__version__,
-                commit=getoutput(f"git -C '{folder}' rev-parse --short HEAD 2>&-") or "unknown")
-    if device == "cuda":
+                triton=triton.__version__, commit=commit)
+    if gpu:
         from triton.backends.nvidia.compiler import get_ptxas
         chip = _capability(torch.device("cuda"))
         if chip == 9:
@@ -1471,29 +1465,24 @@ def header(device):
     return info
 
 
-def parse_args():
+def main():
     import argparse
+    import csv
+    import json
     parser = argparse.ArgumentParser(
         allow_abbrev=False, usage=argparse.SUPPRESS, epilog="python kernels.py --csv kernels.csv",
         description="Check every op, forwards and backwards, against its definition in fp64; then, "
         "on a GPU, time them. Exit code 1 if a check fails, before anything is timed. The last "
         "line is one JSON object.")
     parser.add_argument("--csv", help="also write the benchmark's rows to this file")
-    args = parser.parse_args()
+    args, gpu = parser.parse_args(), torch.cuda.is_available()
     if triton is None:
         parser.error("triton is not installed, so there are no kernels to run: pip install triton")
     if args.csv and not os.path.isdir(os.path.dirname(args.csv) or "."):
         parser.error(f"there is no folder for {args.csv}")
-    return args
-
-
-def main():
-    import csv
-    import json
-    args, gpu = parse_args(), torch.cuda.is_available()
     device, backend = ("cuda", "auto") if gpu else ("cpu", "triton")
     bf16 = torch.empty(1, device=device, dtype=torch.bfloat16)
-    result = header(device) | {"auto": "triton" if _use_triton("auto", bf16) else "torch"}
+    result = header(gpu) | {"auto": "triton" if _use_triton("auto", bf16) else "torch"}
     print(", ".join(f"{name} {x}" for name, x in result.items()))
     print(f'backend "auto" selects: {result["auto"]} for bf16 tensors on this {device.upper()}')
     result["checked"], result["failures"] = check(check_cases(gpu), device, backend)

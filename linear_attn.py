@@ -85,11 +85,10 @@ class LinearAttention(nn.Module):
     forward(hidden_states [B, T, C]) -> ([B, T, C], None), like attention modules of transformers.
     Of their other arguments it reads attention_mask, position_ids and the cache (see read_call).
 
-    A subclass defines its parameters, its neutral start and mix(hidden_states, rows, state) ->
-    (o [B, T, H, D], new state), its recurrence. `state`: the recurrent state [B, H, D, D] (fp32)
-    and the convolution's tail [B, W-1, channels], each None where a text begins. `rows`: a Rows,
-    or None if there is no padding and each row is one text.
-    """
+    A subclass defines add_parameters, start_neutral and its recurrence, mix(hidden_states, rows,
+    state) -> (o [B, T, H, D], new state). `state`: the recurrent state [B, H, D, D] (fp32) and the
+    convolution's tail [B, W-1, channels], each None where a text begins. `rows`: a Rows, or None
+    if there is no padding and each row is one text."""
 
     def __init__(self, hidden_size, num_heads, head_dim, biases=(False,) * 4, layer_idx=0, seed=0):
         """A mixer at its random start, which `seed` and `layer_idx` fix; seed None leaves the
@@ -377,15 +376,6 @@ def repeat_heads(rows, num_heads, head_dim):
     return heads.repeat_interleave(num_heads // len(heads), dim=0).flatten(0, 1)
 
 
-def _unfused(rows, by_head, num_heads, head_dim):
-    """q, k and v of a fused weight or bias, [(H + 2 kv_heads) * D, ...]."""
-    kv_heads = (len(rows) // head_dim - num_heads) // 2
-    if not by_head:
-        return rows.split([n * head_dim for n in (num_heads, kv_heads, kv_heads)])
-    groups = rows.unflatten(0, (kv_heads, -1, head_dim))            # [kv_heads, H/kv_heads + 2, D]
-    return [part.flatten(0, 2) for part in groups.split([num_heads // kv_heads, 1, 1], dim=1)]
-
-
 def teacher_projections(attn, config):
     """The q, k, v and o projections of a softmax-attention module, each {"weight": [out, in]} and,
     if it has one, {"bias": [out]}; k and v with repeated heads. Raises UserError."""
@@ -396,10 +386,13 @@ def teacher_projections(attn, config):
     kind, dim = type(attn).__name__, head_dim_of(attn, config)
     out, qkv = first("o_proj", "out_proj", "dense", "c_proj"), [first(f"{x}_proj") for x in "qkv"]
     if kind in FUSED_BY_HEAD + FUSED_IN_BLOCKS:
-        fused = first("c_attn", "qkv_proj", "query_key_value")
-        parts = [_unfused(rows, kind in FUSED_BY_HEAD, config.num_attention_heads, dim)
-                 for rows in fused.values()]
-        qkv = [dict(zip(fused, part)) for part in zip(*parts)]
+        fused, heads = first("c_attn", "qkv_proj", "query_key_value"), config.num_attention_heads
+        kv_heads = (len(fused["weight"]) // dim - heads) // 2
+        groups = kv_heads if kind in FUSED_BY_HEAD else 1
+        sizes = [heads // groups, kv_heads // groups, kv_heads // groups]
+        parts = {key: rows.unflatten(0, (groups, -1, dim)).split(sizes, dim=1)
+                 for key, rows in fused.items()}                    # [groups, size, D, ...] each
+        qkv = [{key: parts[key][i].flatten(0, 2) for key in fused} for i in range(3)]
     if out and all(qkv):
         q, k, v = (len(projection["weight"]) for projection in qkv)
         if q == out["weight"].shape[1] and k == v and q % k == 0 == k % dim:
@@ -460,8 +453,7 @@ class Rows:
         place   [B, T, 1, 1]    the place of each token
         order   [B, R, 1]       its inverse: the token at each place
         real    [B, R, 1] bool  the places of real tokens; k, beta, conv inputs are 0 elsewhere
-        forget  [B, R, 1]       the log decay at the other places: 0, in gaps MIN_LOG_DECAY
-    """
+        forget  [B, R, 1]       the log decay at the other places: 0, in gaps MIN_LOG_DECAY"""
 
     def __init__(self, real, first):
         B, T = real.shape
@@ -507,16 +499,14 @@ class LinearCacheLayer(DynamicLayer):
     def get_seq_length(self):
         return self.seen
 
-    def _each_tensor(self, function):
-        self.state = tuple(None if t is None else function(t) for t in self.state)
-
     def reorder_cache(self, beam_idx):
-        self._each_tensor(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.state = tuple(None if t is None else t[beam_idx.to(t.device)] for t in self.state)
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats):
-        self._each_tensor(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.state = tuple(None if t is None else t.repeat_interleave(repeats, dim=0)
+                           for t in self.state)
 
     def crop(self, *args):
         raise RuntimeError("a linear layer's state cannot be rolled back: decoding that crops the "

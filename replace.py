@@ -194,13 +194,20 @@ def with_errors(found, n):
     return [f"{found[split]:.4f} +- {found[f'{split}_stderr']:.4f} (n = {n[split]})" for split in n]
 
 
+def read_journal(path):
+    """(settings, {(split, layers): row}) of search.jsonl, without a last line that a kill cut off;
+    (None, {}) if none is left. Raises UserError if another line is damaged."""
+    with evaluation.blame(f"{path} is damaged; delete it and search again"):
+        settings, *rows = map(json.loads, path.read_text().split("\n")[:-1] or ["null"])
+        return settings, {(row["split"], tuple(row["layers"])): row for row in rows}
+
+
 class Scores:
     """Scores of a model's hybrids by split and linear layers. The journal (search.jsonl) holds the
     settings and then a line per evaluation, on disk before the next evaluation begins."""
 
     def __init__(self, journal, model, mixers, splits, metric, args):
-        """Read the journal of an earlier run, without a last line that a kill cut off. Raises
-        UserError if that run had other settings."""
+        """Read the journal of an earlier run. Raises UserError if it had other settings."""
         self.journal, self.model, self.mixers, self.splits = journal, model, mixers, splits
         self.metric, self.allow_code, self.asked = metric, args.allow_code_execution, set()
         settings = {
@@ -210,18 +217,14 @@ class Scores:
             "metric": metric, "dtype": str(model.dtype), "device": model.device.type,
             "batch_size": args.batch_size, "limit": args.limit, "whole": args.whole,
             "versions": versions()}
-        lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
-        with evaluation.blame(f"{journal} is damaged; delete it, or give another --out"):
-            header, *rows = map(json.loads, lines) if lines else [settings]
-        changed = [key for key in settings if header.get(key) != settings[key]]
+        before, known = read_journal(journal) if journal.exists() else (None, {})
+        changed = [key for key in settings if before and before.get(key) != settings[key]]
         if changed:
             raise UserError(f"{journal} was written by another search (other: "
                             f"{', '.join(changed)}); give another --out.")
         if rank() == 0:
-            evaluation.write_atomic(journal, lambda path: path.write_text(
-                "".join(line + "\n" for line in lines or [json.dumps(settings)])))
-        rows = gather(rows)[0]                          # nodes may not share a disk
-        self.known = {(row["split"], tuple(row["layers"])): row for row in rows}
+            evaluation.write_lines(journal, [settings, *known.values()])
+        self.known = gather(known)[0]                   # nodes may not share a disk
         can_share = evaluation.layers_can_be_shared(model, splits["validation"], mixers)
         self.plain = args.plain or not can_share
         if not can_share:
@@ -265,6 +268,8 @@ class Scores:
         found = {"layers": sorted(step.layers), "score": step.score, "layer": step.layer,
                  "runner_up": None, "runner_up_score": None, "ties": 0, "stderr": row["stderr"],
                  "difference": None, "difference_stderr": None, "flipped": None}
+        text = (f"{len(step.layers)} linear: layer {step.layer}, validation {step.score:.4f} +- "
+                f"{row['stderr']:.4f} (n = {row['n']})")
         rivals = {layers: p for layers, p in step.scores.items() if layers != step.layers}
         if rivals:
             second, p_second = first_maximum(rivals)
@@ -274,11 +279,10 @@ class Scores:
                       "ties": sum(p >= step.score - SLACK for p in rivals.values()),
                       "difference": float(gaps.mean()), "flipped": int((gaps != 0).sum()),
                       "difference_stderr": float(gaps.std(ddof=len(gaps) > 1) / len(gaps) ** 0.5)}
-        rival = "" if not rivals else (
-            "; runner-up layer {runner_up} with {runner_up_score:.4f}, margin {difference:.4f} +- "
-            "{difference_stderr:.4f}, {ties} ties, {flipped} items flipped".format_map(found))
-        log(f"{len(step.layers)} linear: layer {step.layer}, validation {step.score:.4f} +- "
-            f"{row['stderr']:.4f} (n = {row['n']}){rival}")
+            text += ("; runner-up layer {runner_up} with {runner_up_score:.4f}, margin "
+                     "{difference:.4f} +- {difference_stderr:.4f}, {ties} ties, {flipped} items "
+                     "flipped").format_map(found)
+        log(text)
         return found
 
     def final(self, layers):
@@ -437,68 +441,48 @@ def benchmark(args):
 # ------------------------------------------------------------------------------------------------
 # The report: the paper's tables beside ours and its figures, from the files below a directory
 
-TITLES = {"Table 1": "test score of M_best, and its number of linear layers",
-          "Table 2": "test score of M_opt, which keeps 95 % of the validation score",
-          "Table 3": "hours of one device", "Table 4": "10 of every 28 layers linear, by order"}
 # Lines differ in marker and dashes, so that they need no colour; the colours are Okabe and Ito's.
-STYLES = [dict(color=color, marker=marker, linestyle=dashes, markerfacecolor="none")
-          for color, marker, dashes in zip(
-              ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"), "os^Dvx",
-              ("-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 3))))]
+STYLES = {"color": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"),
+          "marker": tuple("os^Dvx"),
+          "linestyle": ("-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 3)))}
 
 
 def read_results(folder):
-    """{"result": [records], "distill": ..., "unfinished": [folders], "paper": tables}: the result
-    files below `folder` by their names. Every record gets its "path" and a "key" (model, mixer,
-    task), with "" for an absent one; a search also gets its journal's "rows"."""
-    found = {name: [] for name in ("result", "distill", "throughput", "finetune")}
-    try:
-        path = PAPER
-        paper = json.loads(path.read_text())["tables"]
-        for path in sorted(folder.rglob("*.json")):
-            kind = path.stem.partition("-")[0]          # result-greedy.json is a result
-            if kind not in found or (path.name == "result.json"
-                                     and any(path.parent.glob("result-*.json"))):
-                continue
-            run = json.loads(path.read_text()) | {"path": path}
-            run["key"] = (Path(run.get("base_model") or run.get("model", "")).name,
-                          run.get("attn") or run.get("mixer") or "",
-                          task_name(run.get("task", "")))
+    """{"result": [records], "distill": ..., "throughput": ..., "finetune": ..., "unfinished":
+    [folders]} from the files below `folder` with these names. "model", "attn" and "task" of every
+    record are short names, "" where it has none. A search has "scored" {(split, layers): (score in
+    percent, standard error, documents)} and its "curve" {linear layers: validation score}; a
+    throughput "rates" {context: {linear layers: tokens per second at the largest batch}}."""
+    found = {kind: [] for kind in ("result", "distill", "throughput", "finetune")}
+    for path in sorted(folder.rglob("*.json")):
+        kind = path.stem.partition("-")[0]              # result-greedy.json is a result
+        if kind not in found or (path.name == "result.json"
+                                 and any(path.parent.glob("result-*.json"))):
+            continue
+        with evaluation.blame(f"{path} cannot be read; run its command again or delete it"):
+            run = json.loads(path.read_text())
+            task = run.get("task", "")
+            known = evaluation.TASKS.named(task)
+            run |= {"folder": path.parent, "attn": run.get("attn") or run.get("mixer") or "",
+                    "model": Path(run.get("base_model") or run.get("model", "")).name,
+                    "task": known.name if known else Path(task).stem.removesuffix("-validation")}
             if kind == "result":
                 if run["strategy"] == "greedy" and run["steps"][0]["runner_up"] is None:
                     continue                                        # scores of --layers, no search
-                path = path.with_name("search.jsonl")
-                lines = path.read_text().split("\n")[1:-1]          # a kill cuts the last one off
-                run["rows"] = {(row["split"], tuple(row["layers"])): row
-                               for row in map(json.loads, lines)}
-            found[kind].append(run)
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); run its command "
-                        "again or delete it.")
+                scores = [run["p_base"], *run["validation"]]
+                run["curve"] = {count: 100 * score for count, score in enumerate(scores)}
+            if kind == "throughput":
+                run["rates"] = collections.defaultdict(dict)
+                for row in sorted(run["rows"], key=lambda x: (x["linear_layers"], x["batch"])):
+                    run["rates"][row["context"]][row["linear_layers"]] = row["tokens_per_second"]
+        if kind == "result":
+            run["scored"] = {place: (100 * row["score"], 100 * row["stderr"], row["n"]) for
+                             place, row in read_journal(path.with_name("search.jsonl"))[1].items()}
+        found[kind].append(run)
     unfinished = [path.parent for path in folder.rglob("search.jsonl")
                   if not path.with_name("result.json").exists()]
-    unfinished += [run["path"].parent for run in found["distill"] if not run["finished"]]
-    return found | {"paper": paper, "unfinished": sorted(map(str, unfinished))}
-
-
-def task_name(task):
-    """The harness's name of a task, or the stem of a file's name."""
-    known = evaluation.TASKS.named(task)
-    return known.name if known else Path(task).stem.removesuffix("-validation")
-
-
-def scored(run, split, layers):
-    """(score in percent, standard error, documents), None where no journal has it."""
-    row = run["rows"].get((split, tuple(sorted(layers))))
-    return row and (100 * row["score"], 100 * row["stderr"], row["n"])
-
-
-def speeds(record):
-    """{context: {linear layers: decoded tokens per second at the largest batch}}."""
-    table = {}
-    for row in sorted(record["rows"], key=lambda row: (row["linear_layers"], row["batch"])):
-        table.setdefault(row["context"], {})[row["linear_layers"]] = row["tokens_per_second"]
-    return table
+    unfinished += [run["folder"] for run in found["distill"] if not run["finished"]]
+    return found | {"unfinished": sorted(map(str, unfinished))}
 
 
 def our_rows(found):
@@ -507,23 +491,24 @@ def our_rows(found):
     def hours(costs, seconds="seconds", n=None):
         return costs and (sum(c[seconds] * c["ranks"] for c in costs) / 3600, None, n)
 
-    rates = {record["key"][:2]: speeds(record).get(2048, {}) for record in found["throughput"]}
+    rates = {(run["model"], run["attn"]): run["rates"].get(2048, {}) for run in found["throughput"]}
     for run in found["result"]:
-        (model, attn, task), order = run["key"], run["strategy"]
+        model, attn, task, order = (run[key] for key in ("model", "attn", "task", "strategy"))
+        score = lambda split, layers: run["scored"].get((split, tuple(layers)))
         if order in ("greedy", "impact"):
-            known = run.get("impact") or {layer for _, layers in run["rows"] for layer in layers}
+            known = run.get("impact") or {layer for _, layers in run["scored"] for layer in layers}
             for chosen in (x for x in run["sets"] if len(x) == round(len(known) * 10 / 28)):
                 yield f"Table 4, {model}, {attn}", task, {
-                    order: scored(run, "test", chosen),
+                    order: score("test", chosen),
                     f"{order} layers": " ".join(map(str, chosen)),
-                    f"{order}, validation": scored(run, "validation", chosen)}
+                    f"{order}, validation": score("validation", chosen)}
         if order != "greedy":
             continue
-        base, best, opt = (scored(run, "test", layers) for layers in (
-            (), run["best"]["layers"], run["opt"]["layers"]))
+        kept, count = run["best"]["layers"], len(run["opt"]["layers"])
+        base, best, opt = (score("test", x) for x in ((), kept, run["opt"]["layers"]))
         yield f"Table 1, {model}", task, {
-            "base": base, attn: best, f"{attn} layers": (len(run["best"]["layers"]), None, None)}
-        count, at = len(run["opt"]["layers"]), rates.get((model, attn), {})
+            "base": base, attn: best, f"{attn} layers": (len(kept), None, None)}
+        at = rates.get((model, attn), {})
         if abs(run["p_min"] - 0.95 * run["p_base"]) < SLACK:
             yield f"Table 2, {model}, {attn}", task, {
                 "base": base, "M_opt": opt, "layers": (count, None, None),
@@ -531,8 +516,8 @@ def our_rows(found):
                     100 * (1 - opt[0] / base[0]), None, opt[2]),
                 "speed-up at 2,048": {0, count} <= set(at) and (at[count] / at[0], None, None)}
         blocks = [Path(name).resolve() for name in run["blocks"].split(",")]
-        costs = [record["cost"] for record in found["distill"] if record["finished"]
-                 and record["path"].parent.resolve() in blocks]
+        costs = [record["cost"] for record in found["distill"]
+                 if record["finished"] and record["folder"].resolve() in blocks]
         yield f"Table 3, {attn}", f"{model}, {task}", {
             "device": run["cost"]["device"], "distillation": hours(costs),
             "M tokens": costs and (costs[0]["tokens"] / 1e6, None, None),
@@ -544,16 +529,14 @@ def cell(paper=None, ours=()):
     """One entry of a table: the paper's number, if it prints one, and the mean of our runs. They
     score the same documents, so the mean has about the standard error of one run; "spread" is the
     standard deviation between them."""
-    entry = {"paper": paper, "ours": None}
     ours = [value for value in ours if value]
     if not ours or isinstance(ours[0], str):
-        return entry | {"ours": "; ".join(dict.fromkeys(ours)) or None}
+        return {"paper": paper, "ours": "; ".join(dict.fromkeys(ours)) or None}
     numbers, errors, documents = zip(*ours)
     mean, spread = float(np.mean(numbers)), float(np.std(numbers, ddof=len(ours) > 1))
-    return entry | {
-        "ours": mean, "difference": None if paper is None else mean - paper, "n": documents[0],
-        "stderr": None if None in errors else float(np.mean(errors)), "runs": len(ours),
-        "spread": round(spread, 9)}
+    return {"paper": paper, "ours": mean, "difference": None if paper is None else mean - paper,
+            "n": documents[0], "stderr": None if None in errors else float(np.mean(errors)),
+            "runs": len(ours), "spread": round(spread, 9)}
 
 
 def show(entry):
@@ -564,13 +547,13 @@ def show(entry):
     return text + (f" / {entry['difference']:+.2g}" if entry.get("difference") is not None else "")
 
 
-def markdown(tables, figures, unfinished):
+def markdown(titles, tables, figures, unfinished):
     """The report's lines."""
     yield ("Entries: the paper's number (–: it prints none) / ours ± standard error / "
            "difference. Scores in percent of n documents.")
     for name, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        yield f"\n## {name}: {TITLES[name[:7]]}\n\n| | n | " + " | ".join(columns) + " |"
+        yield f"\n## {name}: {titles[name[:7]]}\n\n| | n | " + " | ".join(columns) + " |"
         yield "|---" * (len(columns) + 2) + "|"
         for place, row in rows.items():
             counts = dict.fromkeys(str(entry["n"]) for entry in row.values() if entry.get("n"))
@@ -583,105 +566,96 @@ def markdown(tables, figures, unfinished):
     yield from (f"\n{folder}: not finished" for folder in unfinished)
 
 
-def grouped(records, group, line):
-    """(group, {line: [records]}) of all groups; both are functions of a record."""
+def grouped(records, line, *fields):
+    """((values of `fields`), {value of the field `line`: [records]}) of every group of records."""
     groups = {}
     for record in records:
-        groups.setdefault(group(record), {}).setdefault(line(record), []).append(record)
+        lines = groups.setdefault(tuple(record[field] for field in fields), {})
+        lines.setdefault(record[line], []).append(record)
     return groups.items()
 
 
-def curves(groups):
-    """{line: [{linear layers: validation score in percent} of every run]}."""
-    return {line: [dict(enumerate(100 * p for p in [run["p_base"], *run["validation"]]))
-                   for run in runs] for line, runs in groups.items()}
-
-
-def agreement(a, b):
-    """Spearman's correlation between the steps at which two searches replaced the layers that both
-    replaced."""
-    both = [layer for layer in a["order"] if layer in b["order"]]
-    found = spearman(list(map(a["order"].index, both)), list(map(b["order"].index, both)))
-    return found and round(found, 2)
-
-
-def figures(found):
-    """(number, name, title, {line: [{x: y} of every run]}, label of x, label of y) of every figure
-    that has data."""
-    layers, score = "linear layers", "score, %"
+def figures(found, paper):
+    """(number, key of the name, title, {line: [{x: y} of every run]}, label of x, label of y) of
+    every figure that has data."""
+    axes = "linear layers", "score, %"
 
     def caption(groups):
         run = next(iter(groups.values()))[0]
         error = 100 * max(step["stderr"] for step in run["steps"])
-        return (f"{run['key'][0]}, {run['key'][2]}: {run['metric']} on validation, "
+        return (f"{run['model']}, {run['task']}: {run['metric']} on validation, "
                 f"n = {run['n']['validation']}, standard error up to {error:.1f}")
 
-    for record in found["throughput"]:
-        (model, mixer, _), rates = record["key"], speeds(record)
-        name = [model, mixer or "saved hybrid", record["dtype"], record["device"]]
+    def curves(groups):
+        return {line: [run["curve"] for run in runs] for line, runs in groups.items()}
+
+    def correlation(ranks):
+        found = spearman(ranks, range(len(ranks)))
+        return found and round(found, 2)
+
+    for run in found["throughput"]:
+        rates = run["rates"]
+        key = run["model"], run["attn"] or "saved hybrid", run["dtype"], run["device"]
         lines = {f"context {context:,}": [at] for context, at in rates.items()}
-        printed = found["paper"].get(f"Table 2, {model}, {mixer}", {}).values()
+        printed = paper.get(f"Table 2, {run['model']}, {run['attn']}", {}).values()
         if printed and 0 in rates.get(2048, {}):
             lines["paper's speed-up of our base, context 2,048"] = [{
                 row["layers"]: row["speed-up at 2,048"] * rates[2048][0] for row in printed}]
-        yield 2, "-".join(name).replace(" ", "-"), (
-            f"{', '.join(name)}: decoding at the largest batch"), lines, layers, "tokens per second"
+        title = f"{', '.join(key)}: decoding at the largest batch"
+        yield 2, key, title, lines, axes[0], "tokens per second"
     searches = [run for run in found["result"] if run["strategy"] == "greedy"]
-    for (model, task), mixers in grouped(searches, lambda run: run["key"][::2],
-                                         lambda run: run["attn"]):
-        printed = found["paper"].get(f"Table 1, {model}", {}).get(task, {})
-        lines = curves(mixers) | {
-            f"paper's M_best on test, {attn}": [{printed[f"{attn} layers"]: printed[attn]}]
-            for attn in mixers if printed}
-        yield 3, f"{model}-{task}-score", caption(mixers), lines, layers, score
-        ranks = [f"{a}-{b} {agreement(mixers[a][0], mixers[b][0])}"
-                 for a, b in itertools.combinations(mixers, 2)]
+    for key, mixers in grouped(searches, "attn", "model", "task"):
+        printed = paper.get(f"Table 1, {key[0]}", {}).get(key[1])
+        lines = {f"paper's M_best on test, {attn}": [{printed[f"{attn} layers"]: printed[attn]}]
+                 for attn in mixers if printed}
+        yield 3, (*key, "score"), caption(mixers), curves(mixers) | lines, *axes
+        orders = {attn: runs[0]["order"] for attn, runs in mixers.items()}
+        ranks = [f"{a}-{b} {correlation([y.index(layer) for layer in x if layer in y])}"
+                 for (a, x), (b, y) in itertools.combinations(orders.items(), 2)]
         title = f"{caption(mixers)}; Spearman between orders: {', '.join(ranks) or 'one mixer'}"
-        lines = {attn: [dict(enumerate(runs[0]["order"], 1))] for attn, runs in mixers.items()}
-        yield 3, f"{model}-{task}-order", title, lines, "step", "layer replaced (first run)"
-    for key, orders in grouped(found["result"], lambda run: run["key"],
-                               lambda run: run["strategy"]):
+        lines = {attn: [dict(enumerate(order, 1))] for attn, order in orders.items()}
+        yield 3, (*key, "order"), title, lines, "step", "layer replaced (first run)"
+    for key, orders in grouped(found["result"], "strategy", "model", "attn", "task"):
         title = f"{key[1]}, {caption(orders)}"
         if len(orders) > 1:
-            yield 4, "-".join(key), title, curves(orders), layers, score
+            yield 4, key, title, curves(orders), *axes
         pairs = itertools.product(orders.get("impact", ()), orders.get("greedy", ()))
         for run, first in [(a, b) for a, b in pairs if a["blocks"] == b["blocks"]][:1]:
             impact = [run["impact"][str(layer)]["impact"] for layer in first["order"]]
-            correlation = spearman(impact, range(len(impact)))
-            title += f"; Spearman {correlation and round(correlation, 2)}"
-            yield 6, "-".join(key), title, {run["blocks"]: [dict(enumerate(impact, 1))]}, (
-                "step of greedy search"), "impact score"
-    for key, tuned in grouped(found["finetune"], lambda run: run["key"][::2],
-                              lambda run: (run["mixer"] or "base", run["seed"])):
+            lines = {run["blocks"]: [dict(enumerate(impact, 1))]}
+            yield (6, key, f"{title}; Spearman {correlation(impact)}", lines,
+                   "step of greedy search", "impact score")
+    for key, tuned in grouped(found["finetune"], "attn", "model", "task"):
         run, lines = next(iter(tuned.values()))[0], {}
         title = (f"{', '.join(key)}: fine-tuning, {run['metric']} on {run['split']}, n = "
                  f"{run['after']['n']}, standard error {100 * run['after']['stderr']:.1f}")
-        for ((mixer, _), runs), when in itertools.product(tuned.items(), ("before", "after")):
-            points = {len(run["linear_layers"]): 100 * run[when]["score"] for run in runs}
-            lines.setdefault(f"{mixer}, {when}", []).append(points)
-        yield 5, "-".join(key), title, lines, layers, score
+        for (attn, runs), when in itertools.product(tuned.items(), ("before", "after")):
+            lines[f"{attn or 'base'}, {when}"] = [
+                {len(run["linear_layers"]): 100 * run[when]["score"] for run in same}
+                for same in dict(grouped(runs, "seed"))[()].values()]
+        yield 5, key, title, lines, *axes
 
 
 def draw(path, number, title, lines, xlabel, ylabel):
     """One figure for README's width. Several runs are their mean, in a band from the lowest to the
     highest, where all of them have a point."""
-    from matplotlib import pyplot, ticker
-    figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
-    for (label, runs), style in zip(lines.items(), itertools.cycle(STYLES)):
+    from matplotlib import figure, ticker
+    page = figure.Figure(figsize=(8.5, 5), layout="constrained")
+    axes = page.subplots()
+    axes.set_prop_cycle(**STYLES)
+    for label, runs in lines.items():
         xs = sorted(set.intersection(*map(set, runs)))
         ys = np.array([[run[x] for x in xs] for run in runs])                   # [runs, points]
-        if number == 6 or label.startswith("paper"):        # points that do not follow each other
-            style = style | {"linestyle": ""}
-        axes.plot(xs, ys.mean(0), label=label if len(runs) == 1 else f"{label} ({len(runs)} runs)",
-                  **style)
-        axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
+        loose = number == 6 or label.startswith("paper")    # points that do not follow each other
+        line, = axes.plot(xs, ys.mean(0), markerfacecolor="none", linestyle="" if loose else None,
+                          label=label if len(runs) == 1 else f"{label} ({len(runs)} runs)")
+        axes.fill_between(xs, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_title(title.replace("; ", "\n"), fontsize=11)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if number == 2 else "linear")
     for axis in [axes.xaxis, axes.yaxis][: 2 if ylabel.startswith("layer") else 1]:
         axis.set_major_locator(ticker.MaxNLocator(integer=True))
-    figure.legend(loc="outside lower center", ncols=3)
-    evaluation.write_atomic(path, lambda p: figure.savefig(p, dpi=200, format="png"))
-    pyplot.close(figure)
+    page.legend(loc="outside lower center", ncols=3)
+    evaluation.write_atomic(path, lambda p: page.savefig(p, dpi=200, format="png"))
 
 
 def make_report(args):
@@ -692,30 +666,30 @@ def make_report(args):
         raise UserError(f"--report {folder}: there is no such directory.")
     if args.model or args.blocks or args.task or args.out or args.benchmark:
         raise UserError("--report reads files and runs nothing: leave all other flags out.")
-    found, ours = read_results(folder), collections.defaultdict(list)
-    places = {(table, row, column): number for table, rows in found["paper"].items()
-              for row, columns in rows.items() for column, number in columns.items()}
+    paper, found = evaluation.read_json(PAPER), read_results(folder)
+    numbers, ours, tables = {}, collections.defaultdict(list), {}
+    for table, rows in paper["tables"].items():
+        numbers |= {(table, row, column): x for row in rows for column, x in rows[row].items()}
     for table, row, columns in our_rows(found):
-        for column, number in columns.items():
-            ours[table, row, column].append(number)
-    tables = {}
-    for table, row, column in sorted(places | ours, key=lambda place: place[0][:7]):
-        entry = cell(places.get((table, row, column)), ours[table, row, column])
+        for column, entry in columns.items():
+            ours[table, row, column].append(entry)
+    for place in sorted(numbers | ours, key=lambda place: place[0][:7]):
+        table, row, column = place
+        entry = cell(numbers.get(place), ours[place])
         tables.setdefault(table, {}).setdefault(row, {})[column] = entry
+    drawn, absent = {f"Figure {number}": {} for number in range(2, 7)}, "not run"
     try:
-        import matplotlib
-        matplotlib.use("Agg")
+        for number, key, title, *data in figures(found, paper["tables"]):
+            path = folder / "figures" / f"fig{number}-{'-'.join(key).replace(' ', '-')}.png"
+            path.parent.mkdir(exist_ok=True)
+            draw(path, number, title, *data)
+            drawn[f"Figure {number}"][f"figures/{path.name}"] = title
     except ImportError:
-        matplotlib = log("figures are not drawn: matplotlib is missing (pip install matplotlib)")
-    drawn = {f"Figure {number}": {} for number in range(2, 7)}
-    for number, name, title, *rest in figures(found) if matplotlib else ():
-        path = folder / "figures" / f"fig{number}-{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        draw(path, number, title, *rest)
-        drawn[f"Figure {number}"][f"figures/{path.name}"] = title
-    rest = {"unfinished": found["unfinished"], "figures": {
-        name: paths or "not run" if matplotlib else "not drawn" for name, paths in drawn.items()}}
-    text = "\n".join(markdown(tables, **rest))
+        absent = "not drawn"
+        log("figures are not drawn: matplotlib is missing (pip install matplotlib)")
+    rest = {"unfinished": found["unfinished"],
+            "figures": {name: paths or absent for name, paths in drawn.items()}}
+    text = "\n".join(markdown(paper["titles"], tables, **rest))
     print(text)
     evaluation.write_atomic(folder / "report.md", lambda path: path.write_text(
         text + "\n", encoding="utf-8"))
@@ -792,20 +766,6 @@ def candidates_of(args, scores, num_layers, given):
     return in_order(sorted(layers, key=lambda layer: impact[layer]["impact"])), impact
 
 
-def correlation_with_greedy(impact, scores):
-    """Spearman's correlation of the impact scores with the order of a greedy search through all
-    layers, if the journal has one; None otherwise."""
-    try:
-        steps = greedy(lambda sets: [scores.known["validation", tuple(sorted(layers))]["score"]
-                                     for layers in sets], len(impact), run_all=True).steps
-    except KeyError:
-        steps = []
-    found = spearman([impact[step.layer]["impact"] for step in steps], range(len(steps)))
-    log(f"Spearman's correlation of impact score and greedy order: {found} (it needs a search with "
-        "--order greedy --all and the same --out)")
-    return found
-
-
 def run_search(args):
     """Search, or score --layers, and save everything -> the result."""
     out, task, metric, documents = open_search(args)
@@ -837,7 +797,12 @@ def run_search(args):
         "best": scores.final(best), "opt": scores.final(opt), "test_base": scores.final(())["test"],
         "steps": steps}
     if impact:
-        result |= {"impact": impact, "spearman": correlation_with_greedy(impact, scores)}
+        path = out / "result-greedy.json"
+        order = evaluation.read_json(path)["order"] if path.exists() else []
+        ranks = [impact[layer]["impact"] for layer in order if len(order) == num_layers]
+        result |= {"impact": impact, "spearman": spearman(ranks, range(len(ranks)))}
+        log(f"Spearman's correlation of impact score and greedy order: {result['spearman']} (it "
+            "needs a search with --order greedy --all and the same --out)")
     result |= {"n": {name: len(split.docs) for name, split in splits.items()},
                "model": args.model, "blocks": args.blocks,
                "attn": evaluation.read_run(args.blocks.split(",")[0])["attn"]}
@@ -910,11 +875,10 @@ def main():
     log("demo: searches the tiny Llama's two tasks; --model, --blocks, --task search anything else")
     args.model, args.blocks, args.all = str(make_demo()), args.blocks or str(DEMO / "blocks"), True
     results = {}
-    for args.task in ("copy", "chain"):
+    for args.task in evaluation.DEMO_TASKS:
         args.out = str(DEMO / args.task)
-        results[args.task] = run_search(args)
-    for name, result in results.items():
-        log(f"{name}: layers went in the order {result['order']}; M_opt keeps "
+        result = results[args.task] = run_search(args)
+        log(f"{args.task}: layers went in the order {result['order']}; M_opt keeps "
             f"{len(result['order']) - len(result['opt']['layers'])} softmax layers")
     evaluation.finish({"results": results}, f"python eval.py --model {DEMO}/copy/opt --task copy")
 

@@ -2602,7 +2602,8 @@ def test_report_of_known_results(tmp_path, monkeypatch, capsys):
         "base": 80, "M_opt": 70, "drop, %": pytest.approx(12.5), "layers": 2,
         "speed-up at 2,048": 1.2, "device": "cuda:0", "distillation": 2, "M tokens": 5, "search": 3,
         "evaluations": 7, "greedy": 90, "greedy layers": "2; 0", "impact": 90, "impact layers": "0"}
-    drawn = list(replace.figures(replace.read_results(tmp_path)))
+    paper = json.loads(replace.PAPER.read_text())["tables"]
+    drawn = list(replace.figures(replace.read_results(tmp_path), paper))
     titles, lines = ({figure[0]: figure[i] for figure in drawn} for i in (2, 3))
     assert lines[5]["jet, after"] == [{1: 70, 2: 80}] and lines[5]["base, before"] == [{0: 50}]
     assert lines[6] == {f"{tmp_path}/blocks": [{1: 2, 2: 0, 3: 1}]} and "man -0.5" in titles[6]
@@ -2629,11 +2630,13 @@ def test_report_of_missing_results(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "z/search.jsonl", "a") as file:
         file.write('{"split": "te')
     assert report(tmp_path, monkeypatch, capsys)[0] == whole != tables
-    for name, text in (("search.jsonl", "{}\n{\n"), ("result.json", "{}"), ("result.json", "[]")):
+    for name, text, fault in (("search.jsonl", "{}\n{\n", "is damaged"),
+                              ("result.json", "{}", "cannot be read"),
+                              ("result.json", "[]", "cannot be read")):
         hand_made_search(tmp_path / "z", [0, 1, 2])
         (tmp_path / "z" / name).write_text(text)
         code, _, err = call(["replace.py", "--report", tmp_path], monkeypatch, capsys)
-        assert code == 2 and f"z/{name} cannot be read" in err and err.count("\n") == 1
+        assert code == 2 and f"z/{name} {fault}" in err and err.count("\n") == 1
 
 
 @needs_shared
