@@ -601,7 +601,7 @@ def solved_requests(task, docs, model, tokenizer, args):
         text = task.target(doc) if task.target else task.gold(doc)
         return (text[0] if isinstance(text, list) else text) + (tokenizer.eos_token or "")
 
-    if task.generates:
+    if not task.choices:
         solved = dataclasses.replace(task, target=None, choices=lambda doc: [answer(doc)],
                                      gold=lambda doc: 0)
     else:

@@ -13,12 +13,10 @@ the paper, scored exactly as the harness scores them; or a file with one JSON ob
     {"prompt": "...", "answer": "...", "stop": ["\\n"], "max_tokens": 32}     greedy generation
 
 A choice is scored as the continuation " " + choice. `acc` takes the choice with the largest summed
-log-likelihood, `acc_norm` the largest per character. Log-softmax in fp32, sums in fp64. The last
-line on stdout is the result as one JSON object.
+log-likelihood, `acc_norm` the largest per character. The last line on stdout is the result as JSON.
 """
 
 import argparse
-import ast
 import collections
 import contextlib
 import copy
@@ -39,14 +37,12 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import timeit
 import warnings
-from collections import namedtuple
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -68,8 +64,7 @@ try:
         raise ImportError("the pip package 'kernels' is hidden by the kernels.py of this folder, "
                           "which transformers would load in its place; uninstall that package")
     import linear_attn
-    from linear_attn import (
-        UserError, attention_modules, decoder_layers, linear_layers, replaced)
+    from linear_attn import UserError, attention_modules, decoder_layers, linear_layers, replaced
 except ImportError as error:
     sys.exit(f"cannot start: {error}. Set up with: pip install -r requirements.txt")
 
@@ -86,7 +81,7 @@ def log(message):
         tqdm.write(message, file=sys.stderr)
 
 
-def progress(iterable=None, disable=False, **kwargs):
+def progress(iterable, disable=False, **kwargs):
     return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, mininterval=0.5,
                 disable=disable or rank() > 0, **kwargs)
 
@@ -103,9 +98,8 @@ _locks, _written = [], []       # the open files that lock a directory; the path
 
 
 def run_script(main):
-    """Run main(). Bad input ends with one sentence and exit code 2: a UserError at any time, or a
-    library's error as long as no file is written. A failure later on (not finite, disk full) ends
-    with one sentence and exit code 1."""
+    """Run main(). One sentence and exit code 2 end bad input: a UserError at any time, a library's
+    error as long as no file is written. One sentence and exit code 1 end a later failure."""
     def end(code, message):
         print(" ".join(f"{Path(sys.argv[0]).name}: {message}".split()), file=sys.stderr)
         sys.exit(code)
@@ -144,8 +138,8 @@ def sentence(error):
 
 @contextlib.contextmanager
 def blame(what):
-    """Any error within the block becomes a UserError: `what`, then the error's message. Only
-    running out of GPU memory stays as it is, since the input is not at fault."""
+    """Errors within the block become UserErrors: `what`, then the error's message. Only running out
+    of GPU memory stays as it is, since the input is not at fault."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -185,14 +179,12 @@ def parse_layers(text, num_layers):
     ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
     layers = sorted(set().union(*ranges))
     if not all(parts) or not all(ranges) or layers[-1] >= num_layers:
-        raise UserError(f"--layers {text}: give numbers and ranges such as 3,7-12 of the model's "
-                        f"layers 0 to {num_layers - 1}.")
+        raise UserError(f"--layers {text}: give layers as in 3,7-12, from 0 to {num_layers - 1}.")
     return layers
 
 
 def write_atomic(path, write):
-    """Call write(temporary path), fsync, rename: `path` is the old file or the new, never a part
-    of one."""
+    """Call write(temporary path), fsync, rename: `path` never holds a part of a file."""
     _written.append(path)
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
@@ -241,17 +233,12 @@ def write_directory(path, write):
     os.replace(temporary, path)
 
 
-def make_output_dir(path):
-    """Make the output directory. Raises UserError if that cannot be."""
-    with blame("--out must be a directory that can be made"):
-        Path(path).mkdir(parents=True, exist_ok=True)
-    return Path(path)
-
-
 def claim_dir(path, foreign=()):
     """Make the output directory and keep other runs out of it until the script ends. Raises
     UserError where one is at work, and where one of the files `foreign` shows another use."""
-    path = make_output_dir(path)
+    path = Path(path)
+    with blame("--out must be a directory that can be made"):
+        path.mkdir(parents=True, exist_ok=True)
     if any((path / name).exists() for name in foreign):
         raise UserError(f"{path} already holds something else; give another --out.")
     if rank() == 0:
@@ -287,57 +274,27 @@ def join_ranks(device):
                             timeout=datetime.timedelta(days=1))
 
 
-@contextlib.contextmanager
-def lost_ranks_end_the_run():
+def together(collective, *args):
+    """Call a function of torch.distributed. Raises ConnectionError if another process has ended."""
     try:
-        yield
+        if world_size() > 1:
+            collective(*args)
     except RuntimeError as error:
         raise ConnectionError("another process of this run has ended; the same command goes on "
                               f"from what is saved ({sentence(error)[:100]})") from None
 
 
-@lost_ranks_end_the_run()
 def gather(value):
     """[the value of each rank, in their order], on every rank."""
     values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
+    together(dist.all_gather_object, values, value)
     return values
 
 
-@lost_ranks_end_the_run()
 def add_up(tensor):
     """The sum of every rank's tensor, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
+    together(dist.all_reduce, tensor)
     return tensor
-
-
-def search_documents(args, train=False):
-    """(task, metric, {"validation": documents to search on, "test": documents to report, unless a
-    task file came without --test}) of replace.py's flags. With `train`, for distill.py --finetune,
-    the former are the whole train split. Raises UserError."""
-    task = find_task(args.task, args)
-    metric = check_metric(task, args.metric)
-    if train and task.hub:
-        if task.splits[0] == task.splits[1]:
-            raise UserError(f"{task.name} has one split, so there is nothing to train on.")
-        task = dataclasses.replace(task, splits=("train", task.splits[1]))
-    if args.test and (task.hub or args.task in DEMO_TASKS):
-        raise UserError("--test goes with a --task that is a file; a named task has its own.")
-    if task.hub:
-        searched, reported, notes = split_docs(task, args.docs, args.test_docs, args.seed,
-                                               args.search_size, args.paper_splits)
-        for note in notes:
-            log(f"{task.name}: {note}")
-        return task, metric, {"validation": searched, "test": reported}
-    files = {"validation": args.task, "test": args.test}
-    if args.task in DEMO_TASKS:
-        files = {split: demo_file(args.task, split) for split in files}
-    found = {split: file_task(path) for split, path in files.items() if path}
-    if any(other is not task for other, _ in found.values()):
-        raise UserError(f"{args.test} and {args.task} are not items of one kind.")
-    return task, metric, {split: docs for split, (_, docs) in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -353,36 +310,23 @@ def add_model_flags(parser):
                         help="run code that the base model's repository brings along")
 
 
-def read_config(name):
-    """The raw config (a dict) of a model in a directory or on the Hub. Raises UserError."""
-    folder = Path(name)
-    if not (folder / "config.json").is_file() and (
-            name.lower().endswith("gguf") or any(folder.glob("*.gguf"))):
-        raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
-                        "gguf_file=FILE) and save_pretrained(OUT) of AutoModelForCausalLM and of "
-                        "AutoTokenizer.")
-    with blame(f"no such model: {name} is no model's directory here, nor loads from the Hub"):
-        return transformers.PreTrainedConfig.get_config_dict(name)[0]
-
-
 def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_only=False,
                weights=True):
-    """(model, tokenizer): the model in eval mode, without gradients, on `device`.
-
-    A hybrid saved by replace.py is loaded with the classes of linear_attn.py; with `base_only`
-    it is refused, and so is a model that cannot be converted. Raises UserError for anything but a
-    causal language model with a tokenizer, and for a checkpoint that lacks tensors. Without
-    `weights` (--dry-run) only the config and the tokenizer are read, and the model is on "meta".
-    """
-    config = read_config(name)
+    """(model, tokenizer), ready to score on `device`. Raises UserError for anything but a complete
+    causal language model with a tokenizer; with `base_only` also if it cannot be converted.
+    Without `weights` (--dry-run) the model is only its shapes, on the device "meta"."""
+    if not Path(name, "config.json").is_file() and (
+            name.lower().endswith("gguf") or any(Path(name).glob("*.gguf"))):
+        raise UserError(f"{name} is GGUF: convert it first, with from_pretrained(FOLDER, "
+                        "gguf_file=FILE) and save_pretrained(OUT) of model and tokenizer.")
+    with blame(f"no such model: {name} is no model's directory here, nor loads from the Hub"):
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name)
     hybrid = str(config.get("model_type")).startswith(linear_attn.MODEL_TYPE_PREFIX)
     quantised = config.get("quantization_config") is not None
     if base_only and hybrid:
         raise UserError(f"{name} is already a hybrid; give the base model it was made from.")
     if base_only and quantised:
-        raise UserError(f"{name} is quantised, and such layers are neither distilled nor "
-                        "replaced: give the model in bf16, as its dequantize() and "
-                        "save_pretrained() make it.")
+        raise UserError(f"{name} is quantised: give the model in bf16 (see its dequantize()).")
     if "auto_map" in config and not hybrid and not trust_remote_code:
         raise UserError(f"{name} brings its own code; add --trust-remote-code to run it.")
     device_map, device = "auto" if device == "auto" else None, find_device(device)
@@ -425,8 +369,7 @@ def check_replaceable(model):
     mixer = functools.cache(lambda device: linear_attn.MIXERS["gla"].from_attention(
         attention[0], model.config, 0, "random").to(device, model.dtype))
     stand_ins = {i: mixer(next(attn.parameters()).device) for i, attn in enumerate(attention)}
-    with blame(f"{type(model).__name__} cannot be converted: its layers cannot be replaced one by "
-               "one"):
+    with blame(f"{type(model).__name__}: its layers cannot be replaced one by one"):
         for first in (0, 1):
             with replaced(model, stand_ins, range(first, len(attention), 2)):
                 model(torch.tensor([[0, 1]], device=model.device), use_cache=False)
@@ -441,8 +384,8 @@ def is_causal(model):
 
 
 def dtype_to_save(name, model, asked):
-    """The dtype of a hybrid's checkpoint: the model's, but if --dtype was not `asked` for ("auto")
-    never wider than the base's own, since a CPU holds all models in fp32."""
+    """The dtype of a hybrid's checkpoint: the model's or, where --dtype is auto and a CPU holds the
+    base in fp32, the narrower one that the base was saved in."""
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
     own = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return own if asked == "auto" and own.itemsize < model.dtype.itemsize else model.dtype
@@ -450,12 +393,10 @@ def dtype_to_save(name, model, asked):
 
 def find_device(name):
     """The device of that name; under torchrun "cuda" is this process's GPU. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     with blame(f"--device {name} cannot be used here"):
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    return device
+        return torch.empty(0, device=name).device
 
 
 def max_length(model):
@@ -465,20 +406,17 @@ def max_length(model):
 
 
 def reach(model):
-    """The most positions that a forward may have, padding and cached tokens included: the size of
-    the table of positions, or the length up to which RoPE's factors stay the same (longrope). A
-    longer request is read whole and unpadded."""
+    """The most positions of a forward with padding or a cache: the size of the table of positions,
+    or the length up to which RoPE's factors stay the same (longrope)."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
-    return min([max_length(model) or math.inf] + [
-        kind["original_max_position_embeddings"] for kind in kinds
-        if kind.get("rope_type") == "longrope"])
+    return min([kind["original_max_position_embeddings"] for kind in kinds
+                if kind.get("rope_type") == "longrope"] + [max_length(model) or math.inf])
 
 
 def fingerprint(model):
-    """A fingerprint of the weights, from an even sample of every tensor, in bf16, so that a model
-    has the same one in fp32 and in bf16."""
+    """A fingerprint of the weights, from samples of every tensor, the same in fp32 and in bf16."""
     sha = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         sample = tensor.flatten()[:: max(1, tensor.numel() // 1024)].to(torch.bfloat16)
@@ -568,12 +506,10 @@ def finish_plan(args, model, mixers, plan, weight_bytes, activations):
 # ------------------------------------------------------------------------------------------------
 # Tasks: what the model is asked, and how its answer becomes a number
 
-# A document is one row of a task's dataset, a dict. A new task is one more entry in the table
-# below: where its documents are, the prompt, and either the choices and the right one, or stop
-# strings and a function that judges the text. Every quirk is the harness's own, kept so that
-# numbers can be compared (EleutherAI/lm-evaluation-harness, release 0.4.13, lm_eval/tasks).
+# A document is one row of a dataset, a dict. A new task is one more entry in TASKS. Every quirk is
+# that of EleutherAI/lm-evaluation-harness 0.4.13, lm_eval/tasks, so that numbers can be compared.
 
-MODELS = ("Qwen2.5-1.5B", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct")
+PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
 NEVER = "none of the choices"  # the gold answer of an item that no model can get right
 
 
@@ -585,7 +521,7 @@ class Task:
     fields: tuple               # what every document must have
     prompt: Callable            # the text that the model continues
     gold: Callable              # index or text of the right choice, or the reference; may fail
-    metrics: tuple              # the harness's; the paper most likely reports the first
+    metrics: tuple = ("acc",)   # the harness's; the paper most likely reports the first
     choices: Callable = None    # texts; with a `target` they are prompts, which it continues
     stop: tuple = ()
     max_tokens: int = 256       # the harness's number where a task names none
@@ -596,27 +532,15 @@ class Task:
     delimiter: str = " "        # between prompt and answer
     shots: int = 0
     shot_split: str = "train"   # None: the task takes no shots
-    first_shots: bool = False   # the first k for every document, not a draw for each
-    fixed_shots: tuple = ()
+    first_shot: int = None      # all documents get the shots from this one on, not a draw for each
     hub: tuple = None           # dataset and configuration
-    splits: tuple = None        # the split to search on and the split to report, see split_docs
+    splits: tuple = ("validation", "test")      # to search on and to report, see split_docs
     resplit: Callable = None    # rows, split -> rows, if the Hub has all rows in the split train
     short: str = ""             # the paper's names
-    paper: dict = None          # the paper's scores of MODELS in percent, with nothing replaced
 
-    @property
-    def metric(self):
-        return self.metrics[0]
-
-    @property
-    def generates(self):
-        return not self.choices
-
-    def requests(self, doc, shots=None):
+    def requests(self, doc, shots=()):
         """What to ask: [(context, continuation)] by choice, or [(prompt, {until, max_gen_toks})].
-
-        `shots` are documents, shown solved before this one; None stands for the fixed ones."""
-        shots = self.fixed_shots if shots is None else shots
+        `shots` are documents, shown solved before this one."""
         head = self.description + "".join(map(self.shot, shots))
         if self.choices and self.target:
             rest = self.delimiter + self.target(doc)
@@ -624,15 +548,16 @@ class Task:
         prompt = head + self.prompt(doc)
         if self.choices:
             return [(prompt, self.delimiter + choice) for choice in self.choices(doc)]
-        return [(prompt, self.limits(doc))]
+        # an item of a JSON-lines file may bring its limits along
+        return [(prompt, {"until": list(doc.get("stop", self.stop)),
+                          "max_gen_toks": doc.get("max_tokens", self.max_tokens)})]
 
     def shot(self, doc):
-        """A solved example, with the first of several answers. For an empty target the harness
-        leaves out the blank line too."""
+        """A solved example, with the first of several answers."""
         if not self.target and self.right(doc) is NEVER:
             raise UserError(f"{place_of(doc)} cannot be a shot: none of its choices is right")
         answer = self.target(doc) if self.target else self.choices(doc)[self.right(doc)]
-        if self.target and not answer:
+        if self.target and not answer:          # the harness leaves out the blank line, too
             return self.prompt(doc)
         answer = answer[0] if isinstance(answer, list) else answer
         return self.prompt(doc) + self.delimiter + answer + "\n\n"
@@ -641,10 +566,6 @@ class Task:
         """Index of the right choice."""
         gold, choices = self.gold(doc), self.choices(doc)
         return choices.index(gold) if gold in choices else gold
-
-    def limits(self, doc):  # an item of a JSON-lines file may bring its own
-        return {"until": list(doc.get("stop", self.stop)),
-                "max_gen_toks": doc.get("max_tokens", self.max_tokens)}
 
     def score(self, doc, outputs, allow_code=False):
         """Metrics from the summed log-likelihoods in request order, where the first maximum wins
@@ -655,15 +576,19 @@ class Task:
                 by = {"acc": lls, "acc_norm": lls / lengths}
             return {m: float(by[m].argmax() == self.right(doc)) for m in sorted(self.metrics)}
         text, = outputs
-        for stop in filter(None, self.limits(doc)["until"]):
+        for stop in filter(None, doc.get("stop", self.stop)):
             text = text.split(stop)[0]
         if self.judge:
             return self.judge(doc, text)
-        if not allow_code:
-            raise UserError(f"{self.name} runs programs that the model wrote: allow it with "
-                            "--allow-code-execution (they run behind a fence, not in a jail)")
+        self.check_leave(allow_code)
         program = self.program.format_map({**doc, "answer": text})
-        return {self.metric: float(run_program(program).passed)}
+        return {self.metrics[0]: float(run_program(program).passed)}
+
+    def check_leave(self, allow_code):
+        """Raise UserError if the model's programs would run without leave."""
+        if self.program and not allow_code:
+            raise UserError(f"{self.name} runs programs that the model wrote, behind a fence that "
+                            "is not a jail; allow it with --allow-code-execution.")
 
     def check(self, doc):
         """Raise UserError, saying why, unless the document can be asked, its gold answer parses,
@@ -674,20 +599,14 @@ class Task:
                 raise ValueError(f"it has no {' and no '.join(missing)}")
             count = len(self.requests(doc))
             gold = self.right(doc) if self.choices else self.gold(doc)
-            if self.choices:
-                valid = count and (gold is NEVER or type(gold) is int and 0 <= gold < count)
-            else:
-                texts = gold if isinstance(gold, list) else [gold]
-                valid = texts and all(isinstance(text, str) for text in texts)
-                if self.program:
-                    ast.parse(gold)
-            if not valid:
-                raise ValueError(f"the gold answer {gold!r} is not "
-                                 + (f"one of {count} choices" if self.choices else "a text"))
-
-
-def paper(short, *scores):
-    return dict(short=short, paper=dict(zip(MODELS, scores, strict=True)))
+            texts = gold if isinstance(gold, list) else [gold]
+            if self.choices and not (gold in range(count) and type(gold) is int
+                                     or gold is NEVER and count):
+                raise ValueError(f"the gold answer {gold!r} is not one of {count} choices")
+            if not self.choices and not (texts and all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"the gold answer {gold!r} is not a text")
+            if self.program:
+                compile(gold, self.name, "exec")
 
 
 def lettered(doc, choices, letters):
@@ -779,26 +698,6 @@ def class_score(classes, text, gold):
 
 HUMANEVAL_TEST = "{test}\ncheck({entry_point})"
 MBPP_TESTS = "{test_list[0]}\n{test_list[1]}\n{test_list[2]}"
-MBPP_SHOTS = (  # rows 2, 3 and 4 of the dataset, carriage returns and all
-    {"text": "Write a function to find the similar elements from the given two tuple lists.",
-     "code": "def similar_elements(test_tup1, test_tup2):\r\n"
-             "  res = tuple(set(test_tup1) & set(test_tup2))\r\n  return (res) ",
-     "test_list": ["assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)",
-                   "assert similar_elements((1, 2, 3, 4),(5, 4, 3, 7)) == (3, 4)",
-                   "assert similar_elements((11, 12, 14, 13),(17, 15, 14, 13)) == (13, 14)"]},
-    {"text": "Write a python function to identify non-prime numbers.",
-     "code": "import math\r\ndef is_not_prime(n):\r\n    result = False\r\n"
-             "    for i in range(2,int(math.sqrt(n)) + 1):\r\n        if n % i == 0:\r\n"
-             "            result = True\r\n    return result",
-     "test_list": ["assert is_not_prime(2) == False", "assert is_not_prime(10) == True",
-                   "assert is_not_prime(35) == True"]},
-    {"text": "Write a function to find the largest integers from a given list of numbers using "
-             "heap queue algorithm.",
-     "code": "import heapq as hq\r\ndef heap_queue_largest(nums,n):\r\n"
-             "  largest_nums = hq.nlargest(n, nums)\r\n  return largest_nums",
-     "test_list": [f"assert heap_queue_largest( [25, 35, 22, 85, 14, 65, 75, 22, 58],{n})=={top}"
-                   for n, top in ((3, "[85, 75, 65] "), (2, "[85, 75] "),
-                                  (5, "[85, 75, 65, 58, 35]"))]})
 
 
 def pubmedqa_split(rows, split):
@@ -817,16 +716,8 @@ def pubmedqa_split(rows, split):
     return [row_of[i] for i in (test if split == "test" else [i for i in row_of if i not in test])]
 
 
-# Settings that several tasks share: metrics, and splits to search on and to report.
-ACC, BOTH, NORM = ("acc",), ("acc", "acc_norm"), ("acc_norm", "acc")
-TESTED = ("validation", "test")
+BOTH, NORM = ("acc", "acc_norm"), ("acc_norm", "acc")
 HIDDEN = ("train", "validation")        # the test labels are secret: validation is reported
-
-
-def arc(name, config, **rest):
-    return Task(name, ("question", "choices", "answerKey"), hub=("allenai/ai2_arc", config),
-                prompt="Question: {question}\nAnswer:".format_map, gold=labelled,
-                choices=lambda doc: doc["choices"]["text"], metrics=NORM, splits=TESTED, **rest)
 
 
 def swde(name, clean, **rest):
@@ -852,95 +743,6 @@ def longbench(name, instruction, metric, judge, more=(), **rest):
                 splits=("test", "test"), shot_split=None, **rest)
 
 
-def mmlu(subject, **rest):
-    return Task(
-        f"mmlu_{subject}", ("question", "choices", "answer"), hub=("cais/mmlu", subject),
-        description="The following are multiple choice questions (with answers) about "
-                    f"{subject}.\n\n",
-        prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"),
-        choices=lambda doc: list("ABCD"), gold=itemgetter("answer"),
-        metrics=ACC, splits=TESTED, shot_split="dev", first_shots=True, **rest)
-
-
-TASK_LIST = (
-    arc("arc_challenge", "ARC-Challenge", **paper("ArcC", 45.1, 46.4, 55.0)),
-    arc("arc_easy", "ARC-Easy", **paper("ArcE", 72.0, 67.9, 79.6)),
-    Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"),
-         prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map,
-         choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
-         gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"],
-         metrics=ACC, splits=HIDDEN, **paper("BQ BoolQ", 73.0, 78.5, 84.2)),
-    Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
-         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
-         choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"),
-         metrics=ACC, splits=HIDDEN, **paper("CQ", 75.2, 67.7, 77.2)),
-    Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-         hub=("Rowan/hellaswag", None),
-         prompt=lambda doc: hellaswag_clean("{activity_label}: {ctx_a} ".format_map(doc)
-                                            + doc["ctx_b"].capitalize()),  # lower-cases the rest
-         choices=lambda doc: list(map(hellaswag_clean, doc["endings"])),
-         gold=lambda doc: list("0123").index(str(doc["label"])),
-         metrics=BOTH, splits=HIDDEN, **paper("HS", 50.1, 52.4, 59.2)),
-    Task("openbookqa", ("question_stem", "choices", "answerKey"),
-         hub=("allenai/openbookqa", "main"), prompt=itemgetter("question_stem"),
-         choices=lambda doc: doc["choices"]["text"], gold=labelled,
-         metrics=NORM, splits=TESTED, **paper("OBQA OBA", 40.6, 36.0, 43.4)),
-    Task("piqa", ("goal", "sol1", "sol2", "label"), hub=("baber/piqa", None),
-         prompt="Question: {goal}\nAnswer:".format_map, gold=itemgetter("label"),
-         choices=lambda doc: [doc["sol1"], doc["sol2"]],
-         metrics=BOTH, splits=HIDDEN, **paper("PIQA", 75.7, 75.5, 80.0)),
-    # The choices are prompts: the score is that of the rest of the sentence.
-    Task("winogrande", ("sentence", "option1", "option2", "answer"),
-         hub=("allenai/winogrande", "winogrande_xl"), choices=winogrande_choices,
-         gold=lambda doc: int(doc["answer"]) - 1,
-         prompt=lambda doc: winogrande_choices(doc)[int(doc["answer"]) - 1],
-         target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip(),
-         metrics=ACC, splits=HIDDEN, **paper("WG", 63.3, 68.0, 74.0)),
-    Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4,
-         prompt="Question: {question}\nAnswer:".format_map, target=itemgetter("answer"),
-         gold=gsm8k_gold, judge=gsm8k_judge, stop=("Question:", "</s>", "<|im_end|>"),
-         metrics=("exact_match,strict-match", "exact_match,flexible-extract"),
-         splits=("train", "test"), **paper("GSM8K", 61.4, 63.9, 76.0)),
-    Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None),
-         prompt="Question: {Problem}\nAnswer:".format_map, choices=mathqa_choices,
-         gold=mathqa_gold,
-         metrics=NORM, splits=TESTED, **paper("MathQA MQ", 35.0, 34.5, 39.4)),
-    Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
-         prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=itemgetter("test"),
-         program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
-         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), splits=("test", "test"),
-         shot_split=None, **paper("HumanEval HE", 47.6, 51.2, 58.5)),
-    # The paper says zero-shot, but its numbers need the harness's default of three fixed shots.
-    Task("mbpp", ("text", "code", "test_list"), hub=("google-research-datasets/mbpp", "full"),
-         prompt=("You are an expert Python programmer, and here is your task: {text} Your code "
-                 "should pass these tests:\n\n" + MBPP_TESTS + "\n[BEGIN]\n").format_map,
-         target="{code}\n[DONE]".format_map, delimiter="", gold=MBPP_TESTS.format_map,
-         program="{answer}\n" + MBPP_TESTS, stop=("[DONE]",), metrics=("pass_at_1",), shots=3,
-         fixed_shots=MBPP_SHOTS, first_shots=True, splits=TESTED,
-         **paper("MBPP", 50.0, 54.8, 59.8)),
-    swde("swde", str, **paper("SWDE", 86.4, 85.8, 91.1)),
-    swde("swde_v1", str.strip),
-    longbench("samsum", "Summarize the dialogue into a few short sentences. The following are some "
-              "examples.", "rouge_score", lambda text, answer, doc: rouge_l(text, answer),
-              max_tokens=128, **paper("SAMSum", 42.5, 42.4, 43.9)),
-    longbench("trec", "Please determine the type of the question below. Here are some examples of "
-              "questions.", "classification_score",
-              lambda text, answer, doc: class_score(doc["all_classes"], text, answer),
-              more=("all_classes",), max_tokens=64, **paper("TREC", 71.0, 72.0, 73.5)),
-    mmlu("econometrics", **paper("EC", 46.5, 39.5, 51.8)),
-    mmlu("marketing", **paper("MK", 83.3, 86.8, 88.9)),
-    # The official 500 test items are reported; the search has the other 500, as in the paper. The
-    # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
-    Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
-         hub=("qiaojin/PubMedQA", "pqa_labeled"), resplit=pubmedqa_split,
-         prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
-                            f"\nQuestion: {doc['QUESTION']}\nAnswer:",
-         choices=lambda doc: ["yes", "no", "maybe"], gold=itemgetter("final_decision"),
-         metrics=ACC, splits=("train+validation", "test"),
-         **paper("PM PubMedQA", 63.8, 69.8, 75.0)),
-)
-
-
 class TaskTable(dict):
     """Tasks by the harness's names; the paper's short names (ArcC, ...) are understood too."""
 
@@ -955,7 +757,84 @@ class TaskTable(dict):
         raise UserError(f"no task {name!r}: there are {', '.join(self)} and JSON-lines files")
 
 
-TASKS = TaskTable((task.name, task) for task in TASK_LIST)
+TASKS = TaskTable((task.name, task) for task in (
+    *(Task(f"arc_{level.lower()}", ("question", "choices", "answerKey"), metrics=NORM, short=short,
+           hub=("allenai/ai2_arc", f"ARC-{level}"), gold=labelled,
+           prompt="Question: {question}\nAnswer:".format_map,
+           choices=lambda doc: doc["choices"]["text"])
+      for level, short in (("Challenge", "ArcC"), ("Easy", "ArcE"))),
+    Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"), splits=HIDDEN,
+         prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map, short="BQ BoolQ",
+         choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
+         gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"]),
+    Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
+         prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
+         choices=lambda doc: list("ABCDE"), gold=itemgetter("answerKey"), splits=HIDDEN,
+         short="CQ"),
+    Task("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"), metrics=BOTH,
+         hub=("Rowan/hellaswag", None), splits=HIDDEN, short="HS",
+         prompt=lambda doc: hellaswag_clean("{activity_label}: {ctx_a} ".format_map(doc)
+                                            + doc["ctx_b"].capitalize()),  # lower-cases the rest
+         choices=lambda doc: list(map(hellaswag_clean, doc["endings"])),
+         gold=lambda doc: list("0123").index(str(doc["label"]))),
+    Task("openbookqa", ("question_stem", "choices", "answerKey"), metrics=NORM, short="OBQA OBA",
+         hub=("allenai/openbookqa", "main"), prompt=itemgetter("question_stem"), gold=labelled,
+         choices=lambda doc: doc["choices"]["text"]),
+    Task("piqa", ("goal", "sol1", "sol2", "label"), hub=("baber/piqa", None), metrics=BOTH,
+         prompt="Question: {goal}\nAnswer:".format_map, gold=itemgetter("label"), splits=HIDDEN,
+         choices=lambda doc: [doc["sol1"], doc["sol2"]], short="PIQA"),
+    # The choices are prompts: the score is that of the rest of the sentence.
+    Task("winogrande", ("sentence", "option1", "option2", "answer"), splits=HIDDEN, short="WG",
+         hub=("allenai/winogrande", "winogrande_xl"), choices=winogrande_choices,
+         gold=lambda doc: int(doc["answer"]) - 1,
+         prompt=lambda doc: winogrande_choices(doc)[int(doc["answer"]) - 1],
+         target=lambda doc: doc["sentence"][doc["sentence"].index("_") + 1:].strip()),
+    Task("gsm8k", ("question", "answer"), hub=("openai/gsm8k", "main"), shots=4, short="GSM8K",
+         prompt="Question: {question}\nAnswer:".format_map, target=itemgetter("answer"),
+         gold=gsm8k_gold, judge=gsm8k_judge, stop=("Question:", "</s>", "<|im_end|>"),
+         metrics=("exact_match,strict-match", "exact_match,flexible-extract"),
+         splits=("train", "test")),
+    Task("mathqa", ("Problem", "options", "correct"), hub=("regisss/math_qa", None), metrics=NORM,
+         prompt="Question: {Problem}\nAnswer:".format_map, choices=mathqa_choices,
+         gold=mathqa_gold, short="MathQA MQ"),
+    Task("humaneval", ("prompt", "test", "entry_point"), hub=("openai/openai_humaneval", None),
+         prompt=itemgetter("prompt"), target=HUMANEVAL_TEST.format_map, gold=itemgetter("test"),
+         program="{prompt}{answer}\n" + HUMANEVAL_TEST, metrics=("pass@1",), max_tokens=1024,
+         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), splits=("test", "test"),
+         shot_split=None, short="HumanEval HE"),
+    # The paper says zero-shot, but its numbers need the harness's default of three fixed shots,
+    # which are the rows 2, 3 and 4 of the dataset.
+    Task("mbpp", ("text", "code", "test_list"), hub=("google-research-datasets/mbpp", "full"),
+         prompt=("You are an expert Python programmer, and here is your task: {text} Your code "
+                 "should pass these tests:\n\n" + MBPP_TESTS + "\n[BEGIN]\n").format_map,
+         target="{code}\n[DONE]".format_map, delimiter="", gold=MBPP_TESTS.format_map,
+         program="{answer}\n" + MBPP_TESTS, stop=("[DONE]",), metrics=("pass_at_1",), shots=3,
+         shot_split="prompt", first_shot=1, short="MBPP"),
+    swde("swde", str, short="SWDE"),
+    swde("swde_v1", str.strip),
+    longbench("samsum", "Summarize the dialogue into a few short sentences. The following are some "
+              "examples.", "rouge_score", lambda text, answer, doc: rouge_l(text, answer),
+              max_tokens=128, short="SAMSum"),
+    longbench("trec", "Please determine the type of the question below. Here are some examples of "
+              "questions.", "classification_score", more=("all_classes",), max_tokens=64,
+              judge=lambda text, answer, doc: class_score(doc["all_classes"], text, answer),
+              short="TREC"),
+    *(Task(f"mmlu_{subject}", ("question", "choices", "answer"), hub=("cais/mmlu", subject),
+           description="The following are multiple choice questions (with answers) about "
+                       f"{subject}.\n\n",
+           prompt=lambda doc: lettered(doc, doc["choices"], "ABCD"), short=short,
+           choices=lambda doc: list("ABCD"), gold=itemgetter("answer"),
+           shot_split="dev", first_shot=0)
+      for subject, short in (("econometrics", "EC"), ("marketing", "MK"))),
+    # The official 500 test items are reported; the search has the other 500, as in the paper. The
+    # harness's copy, bigbio/pubmed_qa, is a loading script, which `datasets` no longer runs.
+    Task("pubmedqa", ("CONTEXTS", "QUESTION", "final_decision"),
+         hub=("qiaojin/PubMedQA", "pqa_labeled"), resplit=pubmedqa_split,
+         prompt=lambda doc: "Abstract: " + "\n".join(doc["CONTEXTS"]) +
+                            f"\nQuestion: {doc['QUESTION']}\nAnswer:",
+         choices=lambda doc: ["yes", "no", "maybe"], gold=itemgetter("final_decision"),
+         splits=("train+validation", "test"), short="PM PubMedQA"),
+))
 
 
 def choice_gold(doc):
@@ -974,9 +853,8 @@ def generate_gold(doc):
 
 
 # The two kinds of items in JSON-lines files: choices to rank, or an answer to write.
-CHOICE_FILE = Task(
-    "choices", ("context", "choices", "gold"), itemgetter("context"), choice_gold, BOTH,
-    choices=itemgetter("choices"))
+CHOICE_FILE = Task("choices", ("context", "choices", "gold"), itemgetter("context"), choice_gold,
+                   metrics=BOTH, choices=itemgetter("choices"))
 GENERATE_FILE = Task(
     "answers", ("prompt", "answer"), itemgetter("prompt"), generate_gold, ("exact_match",),
     judge=lambda doc, text: {"exact_match": float(text.strip() == doc["answer"].strip())})
@@ -1005,11 +883,9 @@ def hub_docs(task, split):
     import datasets
     name, config = task.hub
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every retry
-    with blame(f"{task.name}: cannot load {name}, configuration {config}, split {split}, from the "
-               "Hub; if it is gated, accept its terms there and log in; else get its rows "
-               f"elsewhere and run this with `--task {task.name} --docs FILE` (--test-docs, "
-               f"--shot-docs), a .jsonl, .jsonl.gz or .parquet with the fields "
-               f"{', '.join(task.fields)}; the reason"):
+    with blame(f"{task.name}: {name}, configuration {config}, split {split}, does not load from "
+               "the Hub; accept its terms there and log in, or give --docs (--test-docs, "
+               f"--shot-docs), files of rows with the fields {', '.join(task.fields)}; the reason"):
         rows = datasets.load_dataset(name, config, split="train" if task.resplit else split)
         rows = task.resplit(rows, split) if task.resplit else rows
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(rows, 1)]
@@ -1051,24 +927,21 @@ def sample(docs, size, seed):
 
 
 def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=False):
-    """Documents to search on, documents to report, and sentences about them for the user.
-
-    The search never sees what is reported. It gets up to `size` documents: of validation if the
-    test split is reported, of train if validation is, or if the task has no other split; the
-    documents of a task with one split are cut into seeded halves. The paper's rule, read
-    literally, searches on the reported documents in the second and the last case: `paper_splits`.
-    """
+    """Documents to search on, documents to report, and sentences about them for the user. The
+    search gets up to `size` documents that are never reported; a task with one split is cut into
+    seeded halves. With `paper_splits`, the paper's rule read literally, the search gets the
+    reported documents where there is one split, or validation is reported."""
     searched, reported = task.splits
     if paper_splits and reported in ("validation", searched) and not (docs and test_docs):
         report = load_docs(task, reported, test_docs or docs)
         return report, report, ["--paper-splits: the search sees what is reported, so it leaks"]
     if searched == reported and not test_docs:
-        whole = load_docs(task, reported, docs)
-        search, report = sample(whole, len(whole) // 2, seed)
+        both = load_docs(task, reported, docs)
+        search, report = sample(both, len(both) // 2, seed)
     else:
         search, report = load_docs(task, searched, docs), load_docs(task, reported, test_docs)
-    seen = {repr(task.requests(doc, ())) for doc in report}
-    clean = [doc for doc in search if repr(task.requests(doc, ())) not in seen]
+    seen = {repr(task.requests(doc)) for doc in report}
+    clean = [doc for doc in search if repr(task.requests(doc)) not in seen]
     if not clean:
         raise UserError(f"{task.name}: every document to search on is also reported")
     chosen = sample(clean, size, seed)[0]
@@ -1077,42 +950,38 @@ def split_docs(task, docs=None, test_docs=None, seed=0, size=500, paper_splits=F
         notes.append(f"left out: {len(search) - len(clean)} that are reported too")
     if len(chosen) < 100:
         notes.append(f"with {len(chosen)} documents, one is worth {100 / len(chosen):.1f} points: "
-                     "layers will tie, and the order found is little more than chance")
+                     "layers will tie, and their order is little more than chance")
     return chosen, report, notes
 
 
 def draw_shots(task, docs, k, pool, searched=False):
-    """The shots of each document: one draw after the other from Random(1234), in their order.
-
-    On a search split, and where the harness scores a validation split, one more is drawn and the
-    document itself dropped, so that it is never its own example.
-    """
-    if k == 0:
-        return [[] for _ in docs]
-    pool = list(task.fixed_shots or pool or ())
-    extra = not task.first_shots and (searched or task.splits[1] == "validation")
+    """The shots of each document: one draw after the other from Random(1234), in their order. On a
+    search split, and where the harness scores a validation split, one more is drawn and the
+    document itself dropped, so that it is never its own example."""
+    pool, shots, draw = pool[task.first_shot:], [], random.Random(1234)
+    extra = k > 0 and task.first_shot is None and (searched or task.splits[1] == "validation")
     if k + extra > len(pool):
         raise UserError(f"{task.name}: {k} shots cannot be taken from {len(pool)} documents")
-    draw = random.Random(1234)
 
-    def shots_of(doc):
-        def other(row):
-            return row != doc and not (searched and task.prompt(row) == task.prompt(doc))
-        if task.first_shots:
-            return pool[:k]
-        drawn = draw.sample(pool, k + extra)
-        if not extra:
-            return drawn
-        drawn = [row for row in drawn if other(row)][:k]
-        if len(drawn) < k:              # copies of the document were drawn with it
-            drawn = draw.sample([row for row in pool if other(row)], k)
-        return drawn
-    return [shots_of(doc) for doc in docs]
+    def others(doc, rows):
+        return [row for row in rows if row != doc and not (
+            searched and task.prompt(row) == task.prompt(doc))]
+
+    for doc in docs:
+        drawn = draw.sample(pool, k + extra) if task.first_shot is None else pool[:k]
+        if extra:
+            drawn = others(doc, drawn)[:k]
+            if len(drawn) < k:          # copies of the document were drawn with it
+                drawn = draw.sample(others(doc, pool), k)
+        shots.append(drawn)
+    return shots
 
 
-def demo_file(name, split):
-    """The file of a demo task's items. Raises UserError if it has not been made."""
+def item_file(name, split):
+    """The JSON-lines file of that name, or of the demo task of that name. Raises UserError."""
     path = DEMO / f"{name}-{split}.jsonl"
+    if name not in DEMO_TASKS:
+        return name
     if not path.exists():
         raise UserError(f"{path} is not here: `python distill.py` makes the demo and its tasks.")
     return path
@@ -1134,8 +1003,7 @@ class Request(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a forward: it reads the tokens from `start` to `end` of its members (numbers of
-    requests), whose tokens are equal up to `end`."""
+    """A row of a forward: the tokens `start` to `end`, equal in its members (request numbers)."""
     start: int
     end: int
     members: list
@@ -1157,11 +1025,9 @@ def encode(tokenizer, text, bos=None):
 
 
 def encode_pair(tokenizer, context, continuation, bos=None):
-    """Tokens of a context and its continuation, and the number of the continuation's tokens.
-
-    As the harness does, this encodes the context alone, without trailing white space, and then
-    drops as many tokens from the two texts encoded together, even where one spans the border. An
-    empty context becomes BOS, or EOS where there is none."""
+    """Tokens of a context and its continuation, and the number of the continuation's. As the
+    harness does, this encodes the context alone, without trailing white space, and drops as many
+    tokens from both encoded together, even where one spans the border. An empty context is BOS."""
     if context:
         start = encode(tokenizer, context.rstrip(), bos)
         rest = encode(tokenizer, context + continuation, bos)[len(start):]
@@ -1173,11 +1039,9 @@ def encode_pair(tokenizer, context, continuation, bos=None):
 
 
 class Prepared:
-    """A task's documents, tokenised once and cut into fixed batches, to be scored many times.
-
-    Equal requests are asked once. `batches` are lists of Rows that start at token 0, the same for
-    every model; the longest come first, so that a batch too large for the memory fails at once.
-    """
+    """A task's documents, tokenised once and cut into fixed batches, to be scored many times. Equal
+    requests are asked once. `batches` are lists of Rows that start at token 0, the same for every
+    model; the longest come first, so that a batch too large for the memory fails at once."""
 
     def __init__(self, task, docs, model, tokenizer, batch_size, shots=None, bos=None,
                  whole=False, max_gen_toks=None):
@@ -1186,31 +1050,29 @@ class Prepared:
         self.of_doc, numbers, new = [], {}, []          # numbers: {request: its number}
         for i, doc in enumerate(docs):
             asked = [self._request(ask, doc, max_length(model) or math.inf)
-                     for ask in task.requests(doc, shots[i] if shots else None)]
+                     for ask in task.requests(doc, shots[i] if shots else ())]
             known = len(numbers)
             self.of_doc.append([numbers.setdefault(request, len(numbers)) for request in asked])
             new.append(range(known, len(numbers)))
         self.requests = list(numbers)
-        longest = 0 if whole or task.generates else reach(model)
+        longest = reach(model) if task.choices and not whole else 0
         rows = [row for members in new for row in self._rows(members, longest)]
         self.batches = even_batches(sorted(rows, key=lambda row: -row.end), batch_size)
 
     def _request(self, ask, doc, limit):
-        """Tokenise. A task file's item that is too long is refused; a named task's is cut on the
-        left, as the harness cuts it, and counted."""
-        if self.task.generates:
+        """Tokenise. If too long, a file's item is refused, a named task's is cut on the left."""
+        if self.task.choices:
+            tokens, scored = encode_pair(self.tokenizer, *ask, self.bos)
+            request = Request(tuple(tokens), scored)
+            parts = {"context": len(tokens) - scored, "continuation": scored}
+        else:
             request = Request(tuple(encode(self.tokenizer, ask[0], self.bos)),
                               until=tuple(ask[1]["until"]),
                               max_new=self.max_gen_toks or ask[1]["max_gen_toks"])
             parts = {"prompt": len(request.tokens)}
-        else:
-            tokens, scored = encode_pair(self.tokenizer, *ask, self.bos)
-            request = Request(tuple(tokens), scored)
-            parts = {"context": len(tokens) - scored, "continuation": scored}
         for text, (part, length) in zip(ask, parts.items()):
             if length == 0:
-                raise UserError(f"{place_of(doc)}: the {part} {text[-60:]!r} has no tokens in this "
-                                "model's tokenizer, so there is nothing to score.")
+                raise UserError(f"{place_of(doc)}: the {part} {text[-60:]!r} has no tokens.")
         room = limit - request.max_new + (request.scored > 0)   # the last scored token is not read
         if len(request.tokens) <= room:
             return request
@@ -1218,15 +1080,13 @@ class Prepared:
             raise UserError(f"{place_of(doc)}: {len(request.tokens)} tokens and {request.max_new} "
                             f"to generate (see --max-gen-toks), but the model's room is {limit}.")
         self.truncated += 1
-        return request._replace(tokens=request.tokens[-room:],
-                                scored=min(request.scored, room - 1))
+        return request._replace(tokens=request.tokens[-room:], scored=min(request.scored, room - 1))
 
     def _rows(self, members, longest):
         """One Row of the tokens that a document's requests share before their first scored token;
         or a Row for each, if they share none or read more than `longest` tokens."""
         asked = [self.requests[i] for i in members]
-        ends = [len(request.tokens) - request.scored for request in asked]
-        shared = os.path.commonprefix([request.tokens[:end] for request, end in zip(asked, ends)])
+        shared = os.path.commonprefix([r.tokens[:len(r.tokens) - r.scored] for r in asked])
         if len(asked) > 1 and shared and max(len(r.tokens) for r in asked) - 1 <= longest:
             return [Row(0, len(shared), list(members))]
         return [Row(0, len(request.tokens) - (request.scored > 0), [i])
@@ -1234,16 +1094,15 @@ class Prepared:
 
     def tails(self, row):
         """What is read after a Row: a Row for each member, empty where there is nothing left."""
-        asked = [(i, self.requests[i]) for i in row.members]
-        return [Row(row.end, len(r.tokens) + r.max_new - 1, [i]) for i, r in asked]
+        return [Row(row.end, len(self.requests[i].tokens) + self.requests[i].max_new - 1, [i])
+                for i in row.members]
 
     def fingerprint(self):
         return digest(self.task.name, self.docs, self.requests, self.batches)
 
 
 def even_batches(rows, size):
-    """Cut a list into lists of at most `size` rows, as even as can be, in a number that 2, 4 or 8
-    processes can share out evenly."""
+    """Cut a list into even lists of at most `size` rows, in a number that 2, 4 or 8 ranks share."""
     count = math.ceil(len(rows) / size)
     step = min(8, 1 << (count - 1).bit_length())        # 1, 2, 4 or 8
     count = min(math.ceil(count / step) * step, len(rows))
@@ -1280,10 +1139,9 @@ def pad(rows, left=False):
 def read(model, requests, rows, cache=None, past=0):
     """One forward of Rows -> for each scored token that follows one of their tokens, its request
     [N] and its log-probability [N] in fp32, left on the device, since to fetch it is to wait.
-
     Rows that start at token 0 fill `cache`, if there is one, padded on the left, so that tails
-    follow directly. Later ones continue its sequences, one each, of `past` positions. All but the
-    former are padded on the right, where no mask is needed."""
+    follow directly. Later ones continue its sequences, one each, of `past` positions. Without a
+    cache, and in tails, rows are padded on the right, where no mask is needed."""
     left = cache is not None and past == 0
     ids, real = pad([requests[row.members[0]].tokens[row.start: row.end] for row in rows], left)
     T, kwargs = ids.shape[1], {}
@@ -1323,7 +1181,7 @@ def repeated(cache, places):
 def answer_batch(model, prepared, batch):
     """{request: summed log-probability of its scored tokens, or greedy continuation as text} for a
     batch of Rows; each Row alone where with padding they would be longer than reach(model)."""
-    answer = answer_prompts if prepared.task.generates else answer_choices
+    answer = answer_choices if prepared.task.choices else answer_prompts
     rest = max(tail.length for row in batch for tail in prepared.tails(row))
     alone = max(row.end for row in batch) + rest > reach(model)
     answers = {}
@@ -1350,9 +1208,8 @@ def answer_choices(model, prepared, batch):
 
 
 def stop_on_text(tokenizer, stops, prompt_length):
-    """A criterion for generate() that ends row b when its new text contains a string of stops[b].
-    Only the last tokens are decoded: as many as the longest string has bytes, since a token has one
-    at least, and a few for special tokens, which have none."""
+    """A criterion for generate() that ends row b when its new text contains a string of stops[b]:
+    as many last tokens are decoded as the longest has bytes, and a few for special tokens."""
     stops = [list(filter(None, row)) for row in stops]
     last = 8 + max((len(stop.encode()) for row in stops for stop in row), default=0)
 
@@ -1365,8 +1222,7 @@ def stop_on_text(tokenizer, stops, prompt_length):
 
 
 def answer_prompts(model, prepared, batch):
-    """All prompts go on until the last has ended, so a text may run past its stop string, where
-    Task.score cuts it."""
+    """All prompts go on until the last has ended; Task.score cuts a text at its stop string."""
     tokenizer, numbers = prepared.tokenizer, [row.members[0] for row in batch]
     asked = [prepared.requests[i] for i in numbers]
     ids, real = pad([request.tokens for request in asked], left=True)               # [B, T]
@@ -1391,7 +1247,7 @@ def answer_prompts(model, prepared, batch):
 # another user, which keeps less from it.
 NAMESPACES = "namespaces, read-only files, no network, limits"
 OTHER_USER = "another user, limits; the network and files that anyone may change stay open"
-Verdict = namedtuple("Verdict", "passed reason")
+Verdict = collections.namedtuple("Verdict", "passed reason")
 
 # What the interpreter runs. Output goes to memory, limited like a file. The programs that fail in
 # code_eval fail here: it takes the names in `gone` away, once the three modules are imported.
@@ -1508,67 +1364,58 @@ class Score:
 
 
 def evaluate(model, prepared, metric=None, allow_code=False):
-    """Score `model`, with the layers that it has now, on prepared documents -> Score.
-    Raises FloatingPointError for a log-likelihood that is not finite."""
-    outputs = {}
-    for batch in progress(prepared.batches, desc=prepared.task.name, unit="batch", leave=False):
-        outputs |= answer_batch(model, prepared, batch)
-    return judge(prepared, outputs, metric, linear_layers(model), allow_code)
-
-
-def judge(prepared, outputs, metric, layers, allow_code=False):
-    """Turn {request: answer} of all requests into a Score."""
-    task, per_doc = prepared.task, [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
-    for doc, answers in zip(prepared.docs, per_doc):
-        if not task.generates and not all(map(math.isfinite, answers)):
-            raise FloatingPointError(f"a score of {place_of(doc)} is not finite with linear layers "
-                                     f"{layers}")
-    items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
-    return Score(metric or task.metric, items, per_doc)
+    """Score `model`, with the layers that it has now, on prepared documents -> Score."""
+    return evaluate_hybrids(model, prepared, {}, [()], metric, allow_code)[0]
 
 
 def evaluate_hybrids(model, prepared, mixers, layer_sets, metric=None, allow_code=False,
-                     plain=False, cost=None, bar=None):
+                     plain=False, cost=None):
     """Score the hybrids of `model` in which each of `layer_sets` (sorted tuples) is replaced by
-    mixers[layer] -> their Scores, in that order, on rank 0; None on the others.
-
-    The hybrids share their lower layers on each batch, unless `plain`. Several ranks take turns
-    with the batches. Adds search_cost to the Counter `cost`."""
-    done = []
-    for batch in prepared.batches[rank()::world_size()]:
-        done.append(answer_hybrids(model, prepared, mixers, batch, layer_sets, plain))
-        if bar is not None:
-            bar.update(len(layer_sets))
-    done = sum(gather(done), [])
+    mixers[layer] -> their Scores, in that order, on rank 0; None on the others. The hybrids share
+    their lower layers on each batch, unless `plain`, and several ranks take turns with the batches.
+    Adds search_cost to the Counter `cost`. Raises FloatingPointError for an infinite score."""
+    task, scores = prepared.task, []
+    batches = progress(prepared.batches[rank()::world_size()], unit="batch", leave=False,
+                       desc=f"{task.name} x {len(layer_sets)}")
+    done = sum(gather([answer_hybrids(model, prepared, mixers, batch, layer_sets, plain)
+                       for batch in batches]), [])
     if rank() > 0:
         return None
     if cost is not None:
         cost.update(search_cost(model, prepared, mixers, layer_sets, plain))
-    outputs = ({i: answer for answers in done for i, answer in answers[layers].items()}
-               for layers in layer_sets)
-    return [judge(prepared, found, metric, layers, allow_code)
-            for found, layers in zip(outputs, layer_sets)]
+    for layers in layer_sets:
+        outputs = {i: answer for answers in done for i, answer in answers[layers].items()}
+        per_doc = [[outputs[i] for i in numbers] for numbers in prepared.of_doc]
+        for doc, answers in zip(prepared.docs, per_doc):
+            if task.choices and not all(map(math.isfinite, answers)):
+                raise FloatingPointError(f"{place_of(doc)}: no finite score; linear layers "
+                                         f"{list(layers or linear_layers(model))}")
+        items = [task.score(*item, allow_code) for item in zip(prepared.docs, per_doc)]
+        scores.append(Score(metric or task.metrics[0], items, per_doc))
+    return scores
 
 
-def common_layers(layer_sets, plain=False):
-    """The layer set that runs first, and {another: how many of the lowest layers both have}. Two
+def common_layers(layer_sets, plain):
+    """{layer set: how many of its lowest layers are shared}, in the order in which they run. Two
     candidates of a round of Algorithm 1 differ first at the lower of the layers that they replace,
-    so the first to run is the one that replaces the highest layer."""
+    so the first to run, whose layers are recorded, is the one that replaces the highest layer."""
     first, *others = sorted(set(layer_sets), reverse=True)
-    return first, {layers: 0 if plain else min(set(layers) ^ set(first)) for layers in others}
+    common = {layers: 0 if plain else min(set(layers) ^ set(first)) for layers in others}
+    return {first: max(common.values(), default=0), **common}
 
 
 def search_cost(model, prepared, mixers, layer_sets, plain):
     """A Counter of what evaluate_hybrids runs: layers times tokens ("layer_tokens"), the same
     without sharing ("plain"), and "flops", with the head's where logits are read. Padding is not
     counted, and a generated text counts with its largest length."""
-    first, common = common_layers(layer_sets, plain)
+    common = common_layers(layer_sets, plain)
     rows, cost = [row for batch in prepared.batches for row in batch], collections.Counter()
     tails = [tail for row in rows for tail in prepared.tails(row)]
     full, rest = ((sum(row.length for row in part), sum(row.end**2 - row.start**2 for row in part))
-                  for part in (rows + tails, tails if prepared.task.generates else ()))
+                  for part in (rows + tails, () if prepared.task.choices else tails))
     logits = sum(request.scored + request.max_new for request in prepared.requests)
-    for linear, shared in {first: 0, **common}.items():
+    common[next(iter(common))] = 0                      # the first shares with none before it
+    for linear, shared in common.items():
         cost["flops"] += 2 * logits * model.get_output_embeddings().weight.numel()
         with replaced(model, mixers, linear):
             for i, layer in enumerate(decoder_layers(model)):
@@ -1580,12 +1427,13 @@ def search_cost(model, prepared, mixers, layer_sets, plain):
 
 def answer_hybrids(model, prepared, mixers, batch, layer_sets, plain=False):
     """{layers: {request: answer}} of one batch for each hybrid."""
-    first, common = common_layers(layer_sets, plain)
-    shared = SharedLayers(decoder_layers(model), prepared.task.generates)
-    with replaced(model, mixers, first), shared.run(shared.record, max([0, *common.values()])):
-        answers = {first: answer_batch(model, prepared, batch)}
-    for layers, count in common.items():
-        with replaced(model, mixers, layers), shared.run(shared.replay, count):
+    if layer_sets == [()]:                      # not every model has layers to replace
+        return {(): answer_batch(model, prepared, batch)}
+    lower, answers, generates = decoder_layers(model), {}, not prepared.task.choices
+    tapes = [collections.deque() for _ in lower]        # (output, cache layer) of each forward
+    for layers, count in common_layers(layer_sets, plain).items():
+        with replaced(model, mixers, layers), shared_layers(
+                lower[:count], tapes, not answers, generates):
             answers[layers] = answer_batch(model, prepared, batch)
     return answers
 
@@ -1595,70 +1443,53 @@ def layers_can_be_shared(model, prepared, mixers):
     takes more from the layers below than their hidden states (keys and values, say)."""
     layers, batch = sorted(mixers), prepared.batches[-1][-1:]
     sets = [(layers[len(layers) // 2],), (layers[-1],)]
-    shared, plain = (answer_hybrids(model, prepared, mixers, batch, sets, plain=plain)
+    shared, plain = (answer_hybrids(model, prepared, mixers, batch, sets, plain)
                      for plain in (False, True))
     return repr(shared) == repr(plain)      # NaN is the evaluation's to report
 
 
-class SharedLayers:
-    """The lower layers that several hybrids have in common on one batch. All hybrids make the same
-    forwards, so a layer's outputs are replayed in the order in which they were recorded. The rest
-    of the model (embeddings, masks, upper layers, head) runs as always. Generation shares only the
-    forward of the prompt, since the texts of two hybrids differ."""
-
-    def __init__(self, layers, generates):
-        self.layers, self.generates = layers, generates
-        self.tapes = [collections.deque() for _ in layers]  # (output, cache layer) of each forward
-
-    @contextlib.contextmanager
-    def run(self, way, count):
-        """Within the block the lowest `count` layers run by `way`, which is record or replay."""
-        with contextlib.ExitStack() as stack:
-            for i, layer in enumerate(self.layers[:count]):
-                stack.enter_context(mock.patch.object(
-                    layer, "forward", functools.partial(way, i, layer.forward)))
-            yield
-
-    def record(self, i, forward, *args, **kwargs):
-        """Run layer i, and keep its output and, from the forward that fills it, its cache."""
-        cache = cache_among(args, kwargs)
+@contextlib.contextmanager
+def shared_layers(layers, tapes, record, generates):
+    """Within the block the lowest layers, which several hybrids have in common on one batch, record
+    on `tapes` what they do, or replay it. All hybrids make the same forwards, so they are replayed
+    in the order in which they were recorded; the rest of the model runs as always. Generation
+    shares only the forward of the prompt, since the texts of two hybrids differ."""
+    def forward(i, original, *args, **kwargs):
+        # a layer's argument for the cache has several names
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
         fills = cache is not None and cache.layers[i].get_seq_length() == 0
-        output = forward(*args, **kwargs)
-        if fills or not self.generates:
-            self.tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
-        return output
-
-    def replay(self, i, forward, *args, **kwargs):
-        """Do as layer i did in the recorded forward whose turn it is."""
-        cache = cache_among(args, kwargs)
-        if self.generates and cache.layers[i].get_seq_length() > 0:
-            return forward(*args, **kwargs)
-        output, cache_layer = self.tapes[i][0]
-        self.tapes[i].rotate(-1)                # the next hybrid replays the same forwards
+        if generates and not fills:
+            return original(*args, **kwargs)
+        if record:
+            output = original(*args, **kwargs)
+            tapes[i].append((output, copy.copy(cache.layers[i]) if fills else None))
+            return output
+        output, cache_layer = tapes[i][0]
+        tapes[i].rotate(-1)                     # the next hybrid replays the same forwards
         if cache_layer is not None:
             cache.layers[i] = copy.copy(cache_layer)
-            if not self.generates:              # later forwards ask only for its length
+            if not generates:                   # later forwards ask only for its length
                 cache.layers[i].reorder_cache = lambda places: None
         return output
 
-
-def cache_among(args, kwargs):
-    """The transformers Cache among a layer's arguments, whose name differs between families."""
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+    with contextlib.ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            stack.enter_context(mock.patch.object(
+                layer, "forward", functools.partial(forward, i, layer.forward)))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------
 # Decoding speed against the number of linear layers (Figure 2, Table 2's speed-up)
 #
-# As in Jet-Nemotron: a chunked prefill of random tokens, then decoding, with one row and with as
-# many as fit. A batch is copies of one prefilled row, because speed does not depend on the tokens.
-# Every step decodes the token right after the context, so all steps do the same work and a CUDA
-# graph can replay them. Peak memory always includes both modules of each layer.
+# As in Jet-Nemotron: a chunked prefill of random tokens, then decoding of one row and of as many
+# copies of it as fit, since the tokens do not change the speed. Every step decodes the token right
+# after the context, so that a CUDA graph can replay it. Peak memory always includes both modules
+# of each layer.
 
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 16, 5          # steps timed together; timings, of which the median counts
-MAX_BATCH = 4096                # no larger batch is tried
-ON_GPU = [512, 2048, 16384, 65536], [1, "largest"]          # contexts and batches
+ON_GPU = [512, 2048, 16384, 65536], [1, 4096]       # contexts; batches, halved until they fit
 ON_CPU = [128, 512, 2048], [1, 8]
 
 
@@ -1670,22 +1501,14 @@ def prefill(model, ids):
     return cache
 
 
-class HeldState(linear_attn.LinearCacheLayer):
-    """A linear layer's memory that a step reads but does not change."""
-
-    def __setattr__(self, name, value):
-        pass
-
-
 def hold(layer):
     """Let a layer of a cache stay at its length: every new token's keys and values go to the same
     place behind the others, and a linear layer's new state is dropped."""
     if isinstance(layer, linear_attn.LinearCacheLayer):
-        layer.__class__ = HeldState
+        layer.__class__ = type("Held", (type(layer),), {"__setattr__": lambda *args: None})
         return
-    length = layer.get_seq_length()
-    all_keys, all_values = layer.keys, layer.values = [
-        torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (layer.keys, layer.values)]
+    length, pad_one = layer.get_seq_length(), torch.nn.ZeroPad2d((0, 0, 0, 1))
+    all_keys, all_values = layer.keys, layer.values = pad_one(layer.keys), pad_one(layer.values)
 
     def update(keys, values, *args, **kwargs):                      # [B, kv_heads, 1, D]
         all_keys[:, :, -1:], all_values[:, :, -1:] = keys, values
@@ -1698,16 +1521,15 @@ def bytes_by_formula(model, context):
     layer: H D D fp32 numbers, and the last W - 1 inputs of its convolutions."""
     config, total, size = model.config.get_text_config(decoder=True), 0, model.dtype.itemsize
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    convolutions = {"GatedLinearAttention": 0, "GatedDeltaNet": 3, "JetBlock": 1}     # of H D
+    convolutions = {"GatedDeltaNet": 3, "JetBlock": 1}          # of H D channels each
     layers = transformers.DynamicCache(config=config).layers
     for attn, layer in zip(attention_modules(model), layers):
-        D, convolved = linear_attn.head_dim_of(attn, config), convolutions.get(type(attn).__name__)
-        if convolved is None:
-            seen = min(context + 1, getattr(layer, "sliding_window", context + 1))
-            total += 2 * kv_heads * D * seen * size
-        else:
-            tail = (linear_attn.CONV_SIZE - 1) * convolved
+        D, seen = linear_attn.head_dim_of(attn, config), context + 1
+        if isinstance(attn, linear_attn.LinearAttention):
+            tail = (linear_attn.CONV_SIZE - 1) * convolutions.get(type(attn).__name__, 0)
             total += attn.num_heads * D * (4 * D + tail * size)
+        else:
+            total += 2 * kv_heads * D * min(seen, getattr(layer, "sliding_window", seen)) * size
     return total
 
 
@@ -1720,9 +1542,8 @@ def clock(device):
 
 def median_seconds(device, function, calls, repeats):
     """Of one call of `function`: the median of `repeats` timings, after one that warms up."""
-    timings = timeit.repeat(function, timer=functools.partial(clock, device), number=calls,
-                            repeat=repeats + 1)
-    return statistics.median(timings[1:]) / calls
+    timings = timeit.repeat(function, "pass", lambda: clock(device), repeats + 1, calls)
+    return np.median(timings[1:]).item() / calls
 
 
 def time_decoding(model, cache, batch, in_graph):
@@ -1748,12 +1569,11 @@ def time_decoding(model, cache, batch, in_graph):
             step()
         run = graph.replay
     seconds = median_seconds(model.device, run, STEPS, REPEATS)
-    tensors = [x for layer in past.layers for value in vars(layer).values()
-               for x in (value if isinstance(value, tuple) else (value,))
-               if torch.is_tensor(x) and x.dim() > 0]
+    tensors = [x for layer in past.layers
+               for x in getattr(layer, "state", None) or (layer.keys, layer.values)]
     return {"batch": batch, "tokens_per_second": batch / seconds, "step_ms": 1000 * seconds,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "cache_bytes": sum(x.nbytes for x in tensors)}
+            "cache_bytes": sum(x.nbytes for x in tensors if x is not None)}
 
 
 def time_batch_that_fits(model, cache, batch, in_graph):
@@ -1768,94 +1588,87 @@ def time_batch_that_fits(model, cache, batch, in_graph):
     return time_batch_that_fits(model, cache, batch // 2, in_graph)
 
 
-def why_not_in_graph(model, mixers):
-    """Why all decode eagerly; None where both base and hybrid can be captured in a CUDA graph."""
+def way_to_decode(model, mixers):
+    """"CUDA graph", where one can capture both base and hybrid, else "eager" and the reason."""
     if model.device.type != "cuda":
-        return "CUDA graphs need a GPU"
+        return "eager: CUDA graphs need a GPU"
     for layers in ((), mixers):
         try:
             with replaced(model, mixers, layers):
                 ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
                 time_decoding(model, prefill(model, ids), 1, True)
         except RuntimeError as error:
-            return f"with {len(layers)} linear layers: {str(error).splitlines()[0]}"
+            return f"eager: with {len(layers)} linear layers, {str(error).splitlines()[0]}"
+    return "CUDA graph"
 
 
 def hybrids_to_time(args, model):
-    """({number of linear layers: which}, {layer: linear module}, the modules' kind) as the flags
-    ask for them. A saved hybrid stays as it is."""
-    attention, saved = attention_modules(model), linear_layers(model)
-    if saved:
-        kinds = {type(attention[layer]) for layer in saved}
-        return {len(saved): ()}, {}, "+".join(
-            name for name, kind in linear_attn.MIXERS.items() if kind in kinds)
-    found = [list(range(count)) for count in range(len(attention) + 1)]
+    """({number of linear layers: which}, {layer: linear module}, the modules' kind)."""
+    if saved := linear_layers(model):
+        kinds = [n for n, kind in linear_attn.MIXERS.items() if kind in map(type, model.modules())]
+        return {len(saved): ()}, {}, "+".join(kinds)
+    attention = attention_modules(model)
+    sets = {count: list(range(count)) for count in range(len(attention) + 1)}
     if args.layers_from:
         steps = read_json(args.layers_from)["steps"]
-        found = [[], *(step["layers"] for step in steps)]
-    sets = {len(layers): layers for layers in found}
+        sets = {0: [], **{len(step["layers"]): step["layers"] for step in steps}}
     counts = args.counts or sorted({0, max(sets) // 2, max(sets)})
-    if not set(counts) <= set(sets):
-        raise ValueError(f"--counts can be of {', '.join(map(str, sets))} linear layers")
-    kind, layers = args.attn, sorted({layer for count in counts for layer in sets[count]})
+    sets = {count: sets[count] for count in counts}
+    layers = sorted(set().union(*sets.values()))
     if args.blocks:
-        mixers = load_blocks(args.blocks, model, layers)
-        kind = read_run(args.blocks.split(",")[0])["attn"]
-    else:
-        mixers = {layer: linear_attn.MIXERS[kind].from_attention(
-            attention[layer], model.config, layer, "random").eval().requires_grad_(False)
-            for layer in layers}
-    return {count: sets[count] for count in counts}, mixers, kind
+        run = read_run(args.blocks.split(",")[0])
+        return sets, load_blocks(args.blocks, model, layers), run["attn"]
+    return sets, {layer: linear_attn.MIXERS[args.attn].from_attention(
+        attention[layer], model.config, layer, "random").eval() for layer in layers}, args.attn
 
 
 @torch.no_grad()
 def throughput(args):
     """Time every context, hybrid and batch -> the result. OUT/throughput.json is written after
     every row, and the rows that it has already are not timed again."""
+    if args.model is None or args.task:
+        raise UserError("--throughput takes a --model, and no --task.")
     path = claim_dir(args.out or "out/throughput") / "throughput.json"
     model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    if bool(args.blocks or args.attn) == bool(linear_layers(model)):
+        raise UserError("--throughput takes --blocks or --attn, or a saved hybrid as its --model.")
     device, vocabulary = model.device, model.get_input_embeddings()
-    (contexts, batches), gpu_memory = ON_CPU, None
-    if device.type == "cuda":
+    contexts, batches = ON_CPU
+    if on_gpu := device.type == "cuda":
         torch.cuda.set_device(device)
-        (contexts, batches), gpu_memory = ON_GPU, torch.cuda.mem_get_info()[1]
+        contexts, batches = ON_GPU
     contexts = args.contexts or contexts
-    if bool(args.blocks) + bool(args.attn) + bool(linear_layers(model)) != 1:
-        raise UserError("--throughput takes --blocks, --attn, or a saved hybrid as --model alone.")
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
-    if tables and max(contexts) >= (max_length(model) or math.inf):
-        raise UserError(f"--contexts must stay below {args.model}'s {max_length(model)} positions.")
+    limit = tables and max_length(model) or math.inf
+    if not 0 < min(contexts) <= max(contexts) < limit:
+        raise UserError(f"--contexts must lie above 0 and below the model's {limit} positions.")
     with blame(f"--blocks, --layers-from and --counts do not go with {args.model}"):
         sets, mixers, kind = hybrids_to_time(args, model)
-    why_eager = why_not_in_graph(model, mixers)
+    decoding = way_to_decode(model, mixers)
     result = {"model": args.model, "fingerprint": fingerprint(model), "mixer": kind,
               "modules": args.blocks or ("random" if args.attn else "saved"),
-              "order": args.layers_from or "by number",
-              "device": torch.cuda.get_device_name() if gpu_memory else str(device),
-              "dtype": str(model.dtype), "versions": versions(),
-              "decoding": "eager" if why_eager else "CUDA graph", "why_eager": why_eager,
-              "prefill_batch": 1, "prefill_chunk": CHUNK, "largest_batch_tried": MAX_BATCH}
+              "order": args.layers_from or "by number", "dtype": str(model.dtype),
+              "device": torch.cuda.get_device_name() if on_gpu else str(device),
+              "versions": versions(), "decoding": decoding, "prefill_chunk": CHUNK}
     before = read_json(path) if path.exists() else {**result, "rows": []}
     rows = before.pop("rows")
     if before != result:
         raise UserError(f"{path} has other settings or versions; give another --out.")
     done = {(row["context"], row["linear_layers"], row["asked"]) for row in rows}
     for context, count in itertools.product(contexts, sets):
-        to_do = [asked for asked in batches if (context, count, asked) not in done]
+        to_do = [batch for batch in batches if (context, count, batch) not in done]
         if not to_do:
             continue
         ids = torch.randint(vocabulary.num_embeddings, (1, context),
                             generator=torch.Generator().manual_seed(args.seed)).to(device)
         with replaced(model, mixers, sets[count]):
             seconds = median_seconds(device, lambda: prefill(model, ids), 1, 3)
-            cache, row_bytes = prefill(model, ids), bytes_by_formula(model, context)
-            for asked in to_do:
-                batch = asked if asked != "largest" else min(       # the caches alone would fit
-                    MAX_BATCH, 2 ** (max(1, gpu_memory // row_bytes).bit_length() - 1))
-                timed = time_batch_that_fits(model, cache, batch, not why_eager)
-                rows.append({"context": context, "linear_layers": count, "asked": asked, **timed,
-                             "layers": linear_layers(model),
-                             "prefill_tokens_per_second": context / seconds,
+            cache, layers = prefill(model, ids), linear_layers(model)
+            row_bytes = bytes_by_formula(model, context)
+            for batch in to_do:
+                timed = time_batch_that_fits(model, cache, batch, decoding == "CUDA graph")
+                rows.append({"context": context, "linear_layers": count, "asked": batch, **timed,
+                             "layers": layers, "prefill_tokens_per_second": context / seconds,
                              "cache_bytes_formula": timed["batch"] * row_bytes})
                 write_json(path, {**result, "rows": rows})
                 log(f"context {context}, batch {timed['batch']}, {count} linear layers: "
@@ -1863,93 +1676,77 @@ def throughput(args):
     return {**result, "rows": rows}
 
 
-def add_throughput_flags(parser):
-    def numbers(kind):
-        def comma_separated(text):
-            return [kind(part) for part in text.split(",")]
-        return comma_separated
-
-    parser.add_argument("--throughput", action="store_true", help="time decoding against the "
-                        "number of linear layers; with --model, and --blocks or --attn")
-    for flag, text in (("blocks", "a run of distill.py, whose modules are timed"),
-                       ("layers-from", "a result.json of replace.py, for the order of the layers")):
-        parser.add_argument(f"--{flag}", help=f"of --throughput: {text}")
-    parser.add_argument("--attn", choices=list(linear_attn.MIXERS),
-                        help="of --throughput: random modules of this kind, without --blocks")
-    parser.add_argument("--contexts", type=numbers(positive(int)), help="of --throughput: numbers "
-                        "of tokens, default 512,2048,16384,65536 on a GPU, 128,512,2048 on a CPU")
-    parser.add_argument("--counts", type=numbers(int), help="of --throughput: numbers of linear "
-                        "layers, default none, half and all that --layers-from found")
-
-
-def is_throughput(args):
-    """Raises UserError where flags of --throughput stand without it, or it lacks its model."""
-    timing = args.blocks or args.layers_from or args.attn or args.contexts or args.counts
-    if timing and not args.throughput:
-        raise UserError("--blocks, --layers-from, --attn, --contexts and --counts go with "
-                        "--throughput.")
-    if args.throughput and (args.model is None or args.task):
-        raise UserError("--throughput needs a --model, and takes no --task.")
-    return args.throughput
-
-
 # ------------------------------------------------------------------------------------------------
 # The command line
 
 def add_task_flags(parser):
-    parser.add_argument("--metric", help="report this metric of the task, not its usual one")
-    parser.add_argument("--batch-size", type=positive(int), default=16,
-                        help="sequences at a time, or in a step of training")
-    parser.add_argument("--limit", type=positive(int), help="score only the first N documents")
-    parser.add_argument("--docs", help="a named task's documents, as a local .jsonl, .jsonl.gz or "
-                        ".parquet file in place of the Hub: those scored, or searched on")
-    parser.add_argument("--shot-docs", help="the file that a named task's shots are drawn from")
-    parser.add_argument("--shots", type=int, help="examples before each document (default: the "
-                        "paper's: 4 for gsm8k, 3 for mbpp, else none)")
-    parser.add_argument("--max-gen-toks", type=positive(int),
-                        help="generate at most N tokens in place of the task's own number")
-    parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
-                        help="force a BOS token on or off (default: as the tokenizer does)")
-    parser.add_argument("--whole", action="store_true", help="run every context + choice whole, "
-                        "as the harness does, in place of a shared context once")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--allow-code-execution", action="store_true",
-                        help="run the programs that the model writes (humaneval, mbpp), each "
-                        "behind a fence of limits; a fence, not a jail")
+    add = parser.add_argument
+    add("--metric", help="report this metric of the task, not its usual one")
+    add("--batch-size", type=positive(int), default=16,
+        help="sequences at a time, or in a step of training")
+    add("--limit", type=positive(int), help="score only the first N documents")
+    add("--docs", help="a named task's documents, scored or searched on, as a local file (.jsonl, "
+        ".jsonl.gz, .parquet)")
+    add("--shot-docs", help="the file that a named task's shots are drawn from")
+    add("--shots", type=int, help="examples before each document (default: as the paper's)")
+    add("--max-gen-toks", type=positive(int), help="tokens to write (default: the task's number)")
+    add("--bos", action=argparse.BooleanOptionalAction, help="force a BOS token on or off")
+    add("--whole", action="store_true", help="run every context + choice whole, like the harness")
+    add("--seed", type=int, default=0, help="of every random draw")
+    add("--allow-code-execution", action="store_true", help="run programs that the model writes, "
+        "behind a fence of limits, which is not a jail")
 
 
 def find_task(name, args):
     """A named task, or the task of a file. Raises UserError for what cannot be scored at all."""
     is_file = Path(name).is_file() or name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet"))
     if name in DEMO_TASKS or is_file and not TASKS.named(name):
-        given = [f for f in ("docs", "shot_docs", "shots") if getattr(args, f) is not None]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} goes with a named task, not {name}.")
-        return file_task(demo_file(name, "validation") if name in DEMO_TASKS else name)[0]
-    task = TASKS[name]
-    if task.program and not args.allow_code_execution:
-        raise UserError(f"{task.name} runs programs that the model wrote, behind a fence of "
-                        "limits that is not a jail; allow it with --allow-code-execution.")
-    if (args.shots or 0) < 0 or (args.shots and task.shot_split is None):
-        raise UserError(f"--shots {args.shots} is no number of examples for {task.name}.")
+        if (args.docs, args.shot_docs, args.shots) != (None, None, None):
+            raise UserError(f"--docs, --shot-docs, --shots go with a named task, not with {name}.")
+        task, _ = file_task(item_file(name, "validation"))
+    else:
+        task = TASKS[name]
+        task.check_leave(args.allow_code_execution)
+        if (args.shots or 0) < 0 or (args.shots and task.shot_split is None):
+            raise UserError(f"--shots {args.shots} is no number of examples for {task.name}.")
+    if args.metric not in (None, *task.metrics):
+        raise UserError(f"{task.name} has no metric {args.metric}; it has "
+                        f"{' and '.join(task.metrics)}.")
     return task
 
 
-def check_metric(task, metric):
-    """The metric to report. Raises UserError if the task does not have it."""
-    known = task.metrics or (task.metric,)
-    if metric and metric not in known:
-        raise UserError(f"{task.name} has no metric {metric}; it has {' and '.join(known)}.")
-    return metric or task.metric
+def search_documents(args, train=False):
+    """(task, metric, {"validation": documents to search on or, with `train`, to train on, "test":
+    documents to report, unless a task file came without --test}). Raises UserError."""
+    task, files = find_task(args.task, args), {"validation": args.task, "test": args.test}
+    if args.test and (task.hub or args.task in DEMO_TASKS):
+        raise UserError("--test goes with a --task that is a file; a named task has its own.")
+    if task.hub:
+        if train and task.splits[0] == task.splits[1]:
+            raise UserError(f"{task.name} has one split, so there is nothing to train on.")
+        if train:
+            task = dataclasses.replace(task, splits=("train", task.splits[1]))
+        searched, reported, notes = split_docs(task, args.docs, args.test_docs, args.seed,
+                                               args.search_size, args.paper_splits)
+        for note in notes:
+            log(f"{task.name}: {note}")
+        docs = {"validation": searched, "test": reported}
+    else:
+        if args.task in DEMO_TASKS:
+            files["test"] = args.task
+        found = {split: file_task(item_file(name, split)) for split, name in files.items() if name}
+        if any(other is not task for other, _ in found.values()):
+            raise UserError(f"{args.test} and {args.task} are not items of one kind.")
+        docs = {split: docs for split, (_, docs) in found.items()}
+    return task, args.metric or task.metrics[0], docs
 
 
 def prepare(task, docs, model, tokenizer, args, searched=False):
     """Documents of one split with their shots, tokenised and in batches."""
     count = task.shots if args.shots is None else args.shots
-    docs, shots = docs[: args.limit], None
-    if count or task.fixed_shots:
-        pool = task.fixed_shots or load_docs(task, task.shot_split, args.shot_docs)
-        shots = draw_shots(task, docs, count, pool, searched)
+    docs = docs[: args.limit]
+    pool = load_docs(task, task.shot_split, args.shot_docs) if count else []
+    shots = draw_shots(task, docs, count, pool, searched)
     prepared = Prepared(task, docs, model, tokenizer, args.batch_size, shots, args.bos,
                         args.whole, args.max_gen_toks)
     if prepared.truncated:
@@ -1958,25 +1755,24 @@ def prepare(task, docs, model, tokenizer, args, searched=False):
     return prepared
 
 
-def score_task(name, model, tokenizer, args, path):
+def score_task(name, task, model, tokenizer, args, path):
     """Score one task, print its line, write its items to `path`, if given -> the result, a dict."""
-    task = find_task(name, args)
-    metric = check_metric(task, args.metric)
-    docs = load_docs(task, task.splits[1], args.docs) if task.hub else file_task(
-        demo_file(name, "test") if name in DEMO_TASKS else name)[1]
+    split = task.splits[1] if task.hub else name
+    paper = read_json(PAPER)["tables"].get(f"Table 1, {Path(args.model).name}", {})
+    paper = paper.get(task.name, {}).get("base")
+    docs = (load_docs(task, split, args.docs) if task.hub
+            else file_task(item_file(name, "test"))[1])
     prepared = prepare(task, docs, model, tokenizer, args)
     for number, request in enumerate(prepared.requests[: args.show]):
         log(f"--- request {number}\n{tokenizer.decode(request.tokens)}\n{request}")
     if task.program:
         log(f"programs run behind a fence: {fence()}")
-    score = evaluate(model, prepared, metric, allow_code=args.allow_code_execution)
-    paper = (task.paper or {}).get(Path(args.model).name)
-    result = {"task": name, "split": task.splits[1] if task.hub else name, "n": score.n,
-              "metric": metric, "value": score.mean(), "stderr": score.stderr(),
-              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper,
-              "truncated": prepared.truncated}
-    log(f"{name}: {metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; paper: "
-        f"{'no number' if paper is None else paper}); "
+    score = evaluate(model, prepared, args.metric, args.allow_code_execution)
+    result = {"task": name, "split": split, "n": score.n, "metric": score.metric,
+              "value": score.mean(), "stderr": score.stderr(), "truncated": prepared.truncated,
+              "metrics": {m: score.mean(m) for m in score.items[0]}, "paper": paper}
+    log(f"{name}: {score.metric} {result['value']:.4f} +- {result['stderr']:.4f} (n = {score.n}; "
+        f"paper: {paper or 'no number'}); "
         + ", ".join(f"{m} {v:.4f}" for m, v in result["metrics"].items()))
     if path:
         rows = [{"place": place_of(doc), "outputs": outputs, **item}
@@ -1987,41 +1783,53 @@ def score_task(name, model, tokenizer, args, path):
 
 
 def parse_args():
+    def numbers(text):
+        return [int(part) for part in text.split(",")]
+
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
+    add_task_flags(parser)
     parser.add_argument("--task", help="comma-separated: .jsonl files, or of "
                         + ", ".join([*DEMO_TASKS, *TASKS]))
-    add_task_flags(parser)
     parser.add_argument("--show", type=positive(int), default=0, metavar="N",
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
-    add_throughput_flags(parser)
+    add = parser.add_argument_group("decoding speed").add_argument
+    add("--throughput", action="store_true", help="time decoding against linear layers")
+    add("--blocks", help="a run of distill.py, whose modules are timed")
+    add("--attn", choices=list(linear_attn.MIXERS), help="random modules, without --blocks")
+    add("--layers-from", help="a result.json of replace.py, for the order of the layers")
+    add("--contexts", type=numbers, help=f"default {ON_GPU[0]}, on a CPU {ON_CPU[0]} tokens")
+    add("--counts", type=numbers, help="numbers of linear layers (default: none, half, all)")
     return parser.parse_args()
 
 
 def main():
     args, following = parse_args(), None
-    if is_throughput(args):
+    if args.throughput:
         return finish(throughput(args))
+    if args.blocks or args.layers_from or args.attn or args.contexts or args.counts:
+        raise UserError("--blocks, --layers-from, --attn, --contexts, --counts need --throughput.")
     if args.model is None:
-        demo_file("copy", "test")               # refuses where there is no demo
+        item_file("copy", "test")               # refuses where there is no demo
         args.model, args.out = str(DEMO / "teacher"), args.out or str(DEMO)
         args.task, following = args.task or ",".join(DEMO_TASKS), "python replace.py"
     if args.task is None:
         raise UserError("--task is missing (see --help).")
     names = args.task.split(",")
-    for name in names:
-        check_metric(find_task(name, args), args.metric)
+    tasks = [find_task(name, args) for name in names]
     stems = [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):            # files of one name in several folders
         stems = [f"{number}-{stem}" for number, stem in enumerate(stems, 1)]
-    out = args.out and make_output_dir(args.out)
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    results = [score_task(name, model, tokenizer, args, out and out / f"{stem}-items.jsonl")
-               for name, stem in zip(names, stems)]
+    results = [score_task(name, task, model, tokenizer, args,
+                          args.out and Path(args.out, f"{stem}-items.jsonl"))
+               for name, task, stem in zip(names, tasks, stems)]
+    settings = ("shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")
     finish({"model": args.model, "linear_layers": linear_layers(model), "dtype": str(model.dtype),
-            "device": str(model.device), "settings": {k: getattr(args, k) for k in (
-                "shots", "limit", "seed", "bos", "batch_size", "whole", "max_gen_toks")},
+            "device": str(model.device), "settings": {k: getattr(args, k) for k in settings},
             "versions": versions(), "results": results}, following)
 
 

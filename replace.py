@@ -34,7 +34,7 @@ from distill import (
     cost_of, demo_text, demo_tokenizer, distill_flops, make_demo, make_mixers, make_optimizers,
     peak_memory, teacher_forward, train_step)
 from eval import (
-    DEMO, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
+    DEMO, PAPER, evaluate_hybrids, fingerprint, gather, load_model, log, prepare, progress, rank,
     search_documents, versions, write_json)
 from kernels import measured_limits
 from linear_attn import KNOWN, UserError, attention_modules, check_savable, replaced, save_hybrid
@@ -238,10 +238,8 @@ class Scores:
         new = [s for s in dict.fromkeys(layer_sets) if (split, s) not in self.known]
         if new:
             prepared, cost, began = self.splits[split], collections.Counter(), time.perf_counter()
-            total = len(new) * len(prepared.batches[rank()::evaluation.world_size()])
-            with progress(total=total, desc=f"{len(new)} hybrids", leave=False) as bar:
-                scores = evaluate_hybrids(self.model, prepared, self.mixers, new, self.metric,
-                                          self.allow_code, self.plain, cost, bar)
+            scores = evaluate_hybrids(self.model, prepared, self.mixers, new, self.metric,
+                                      self.allow_code, self.plain, cost)
             seconds = (time.perf_counter() - began) / len(new)
             rows = gather(scores and [
                 {"split": split, "layers": list(layers), "score": score.mean(),
@@ -443,7 +441,6 @@ def benchmark(args):
 # ------------------------------------------------------------------------------------------------
 # The report: the paper's tables beside ours and its figures, from the files below a directory
 
-PAPER = Path(__file__).with_name("figures") / "paper_tables.json"       # every number it prints
 # Lines differ in marker and dashes, so that they need no colour; the colours are Okabe and Ito's.
 STYLES = {"color": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"),
           "marker": tuple("os^Dvx"),
