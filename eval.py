@@ -1758,8 +1758,8 @@ def prepare(task, docs, model, tokenizer, args, searched=False):
 def score_task(name, task, model, tokenizer, args, path):
     """Score one task, print its line, write its items to `path`, if given -> the result, a dict."""
     split = task.splits[1] if task.hub else name
-    paper = read_json(PAPER)["tables"].get(f"Table 1, {Path(args.model).name}", {})
-    paper = paper.get(task.name, {}).get("base")
+    tables = read_json(PAPER)["tables"] if PAPER.exists() else {}      # eval.py may be a copy
+    paper = tables.get(f"Table 1, {Path(args.model).name}", {}).get(task.name, {}).get("base")
     docs = (load_docs(task, split, args.docs) if task.hub
             else file_task(item_file(name, "test"))[1])
     prepared = prepare(task, docs, model, tokenizer, args)

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import tempfile
 import time
 from pathlib import Path
