@@ -771,6 +771,8 @@ def main():
                       f"--task {args.test or args.finetune}")
     if args.data is None and Path(args.model).exists():
         raise UserError("--data is missing: a local file with text, or Hub datasets.")
+    if args.docs or args.test or args.test_docs:
+        raise UserError("--docs, --test and --test-docs go with --finetune.")
     if args.batch_size % world_size():
         raise UserError(f"--batch-size is not a multiple of the {world_size()} processes.")
     args.data = args.data or PAPER_MIX
