@@ -641,9 +641,9 @@ def tuning_batches(requests, args, first=0):
         yield list(itertools.islice(order, args.batch_size))
 
 
-def tune(model, module, requests, score, args, out, record):
-    """Train `module`, the model or its linear layers, from the checkpoint in `out` if there is one,
-    and save the model; `record` gets what score() gives before and after, and the cost."""
+def tune(model, module, requests, score, args, out):
+    """Train `module`, the model or its linear layers, from the checkpoint in `out` if there is one
+    -> what score() gives before and after, and the cost."""
     steps, half = math.ceil(args.epochs * len(requests) / args.batch_size), model.dtype.itemsize < 4
     state = None
     if not (out / "checkpoint.safetensors").exists():
@@ -667,10 +667,8 @@ def tune(model, module, requests, score, args, out, record):
     write_log(out, "after", steps, score=after)
     seen = itertools.islice(tuning_batches(requests, args), steps)
     tokens = sum(len(request.tokens) - 1 for batch in seen for request in batch)
-    if rank() == 0:
-        write_json(out / RECORDS[0], {
-            **record, "before": state["before"], "after": after, "finished": True,
-            "cost": cost_of(state["seconds"], tokens, model.device)})
+    return {"before": state["before"], "after": after,
+            "cost": cost_of(state["seconds"], tokens, model.device)}
 
 
 def finetune(args):
@@ -687,7 +685,8 @@ def finetune(args):
         "model": args.model, "model_fingerprint": fingerprint(model), "linear_layers": linear,
         "base_model": getattr(model.config, "base_model", None) or args.model,
         "mixer": ",".join(sorted(set(model.config.linear_attn))) if linear else None,
-        "task": args.finetune, "metric": metric, "split": task.splits[1] if task.hub else args.test,
+        "task": args.finetune, "metric": metric,
+        "split": task.splits[1] if task.hub else args.test or ("test" if reported else None),
         "train": args.train, "seed": args.seed, "documents": len(requests),
         "data_fingerprint": digest(requests, reported and reported.fingerprint()),
         "recipe": {"lr": args.lr, "final_lr": FINAL_LR, "warmup": WARMUP, "betas": BETAS,
@@ -706,10 +705,11 @@ def finetune(args):
     out, record = gather(open_run(args, settings) if rank() == 0 else None)[0]
     if not record["finished"]:
         module = model if args.train == "all" else torch.nn.ModuleList(attention[i] for i in linear)
-        tune(model, module, requests, score, args, out, record)
+        result = tune(model, module, requests, score, args, out)
         if rank() == 0:
             write_directory(out / MODEL, lambda path: (model.save_pretrained(path),
                                                        tokenizer.save_pretrained(path)))
+            write_json(out / RECORDS[0], {**record, **result, "finished": True})
     return gather(read_run(out, RECORDS[0]))[0]
 
 

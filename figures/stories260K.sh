@@ -16,8 +16,12 @@ tune() {        # MODEL TASK OUT SEED
         --model "$1" --out "$3" --seed "$4" --resume
 }
 
+layers() {      # RESULT COUNT: the set that an order has at that count
+    python -c "import json; print(*json.load(open('$1'))['sets'][$2 - 1], sep=',')"
+}
+
 one_mixer() {   # MIXER SEED
-    local blocks=$OUT/$1-$2 task order k layers
+    local blocks=$OUT/$1-$2 task order k
     python distill.py --model "$MODEL" --attn "$1" --data "$DATA/train.jsonl" --tokens 1000000 \
         --seq-len 256 --batch-size 16 --seed "$2" --out "$blocks" --resume
     for task in recall cloze; do
@@ -26,17 +30,19 @@ one_mixer() {   # MIXER SEED
         for order in local uniform "random --seed 0" "random --seed 1" "random --seed 2" impact; do
             search "$blocks" $task "$blocks-$task" --order $order           # Table 4; Figures 4, 6
         done
+        for order in greedy impact; do                                      # Table 4 on test
+            search "$blocks" $task "$blocks-$task" --layers "$(layers "$blocks-$task/result-$order.json" 2)"
+        done
         tune "$MODEL" $task "$OUT/tuned/base-$2-$task" "$2"                 # Figure 5
         for k in 1 3 5; do
-            layers=$(python -c "import json, sys; print(*json.load(open(sys.argv[1]))['sets'][$k - 1], sep=',')" \
-                "$blocks-$task/result-greedy.json")
-            search "$blocks" $task "$OUT/hybrids/$1-$2-$task-$k" --layers "$layers"
+            search "$blocks" $task "$OUT/hybrids/$1-$2-$task-$k" \
+                --layers "$(layers "$blocks-$task/result-greedy.json" $k)"
             tune "$OUT/hybrids/$1-$2-$task-$k/opt" $task "$OUT/tuned/$1-$2-$task-$k" "$2"
         done
     done
 }
 
-export -f search tune one_mixer
+export -f search tune layers one_mixer
 mkdir -p "$OUT"
 printf '%s\n' {jet,gdn,gla}" "{0,1,2} | xargs -P 2 -L 1 bash -c 'one_mixer $0 $1' > "$OUT/log.txt" 2>&1
 python eval.py --throughput --model "$MODEL" --blocks "$OUT/jet-0" --contexts 128,496 \
