@@ -717,7 +717,8 @@ def parse_args():
     add("--all", action="store_true", help="continue below P_min until every layer is replaced")
     add("--order", choices=("greedy", "local", "uniform", "random", "impact"), default="greedy",
         dest="strategy", help="greedy: Algorithm 1; local: ranked once, each layer alone; uniform: "
-        "evenly spaced; random: by --seed; impact: by linear probes (section 4.3)")
+        "evenly spaced; random: by --order-seed; impact: by linear probes (section 4.3)")
+    add("--order-seed", type=int, default=0, help="of --order random; --seed draws the documents")
     add("--budget", type=positive, help="stop after this many layers")
     add("--plain", action="store_true",
         help="run shared lower layers for every candidate: slower, the same scores")
@@ -754,7 +755,7 @@ def candidates_of(args, scores, num_layers, given):
     if args.strategy in ("greedy", "uniform"):
         return uniform if args.strategy == "uniform" else each_full_layer, None
     if args.strategy == "random":
-        return in_order(random.Random(args.seed).sample(layers, num_layers)), None
+        return in_order(random.Random(args.order_seed).sample(layers, num_layers)), None
     if args.strategy == "local":        # by the score when each layer alone is replaced
         alone = scores.validation([(layer,) for layer in layers])
         return in_order(sorted(layers, key=lambda layer: -round(alone[layer] / SLACK))), None
@@ -813,7 +814,7 @@ def run_search(args):
             save_model(scores, result[name]["layers"], tokenizer, out / name, dtype, result)
         write_json(out / "result.json", result)
         if not given:           # --report finds here what each order gave with the same --out
-            seed = f"-{args.seed}" if args.strategy == "random" else ""
+            seed = f"-{args.order_seed}" if args.strategy == "random" else ""
             write_json(out / f"result-{args.strategy}{seed}.json", result)
     log(f"{args.task}: {metric}, P_min {found.p_min:.4f}")
     for name, layers in (("base", ()), ("M_best", best), ("M_opt", opt)):

@@ -2357,7 +2357,7 @@ def test_strategies_on_one_journal(lab, runs, tmp_path, script):
     local, _, _ = run(order="local")
     assert local["order"] == sorted(range(4), key=lambda layer: (-alone[layer], layer))
     assert local["cost"]["evaluations"] == 1 + 4 + 3        # one set of one layer serves twice
-    assert run(order="random", seed=3)[0]["order"] == random.Random(3).sample(range(4), 4)
+    assert run(order="random", order_seed=3)[0]["order"] == random.Random(3).sample(range(4), 4)
     even, scores, _ = run(order="uniform")
     assert even["sets"] == [[2], [1, 3], [0, 2, 3], [0, 1, 2, 3]] and even["order"] == []
     again, _, err = run(order="impact")

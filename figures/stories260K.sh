@@ -27,7 +27,7 @@ one_mixer() {   # MIXER SEED
     for task in recall cloze; do
         search "$blocks" $task "$blocks-$task"                              # Tables 1, 2; Figure 3
         [ "$1" = jet ] || continue
-        for order in local uniform "random --seed 0" "random --seed 1" "random --seed 2" impact; do
+        for order in local uniform "random --order-seed "{0,1,2} impact; do
             search "$blocks" $task "$blocks-$task" --order $order           # Table 4; Figures 4, 6
         done
         for order in greedy impact; do                                      # Table 4 on test
