@@ -438,8 +438,9 @@ def read_run(out, name="distill.json"):
 
 
 def load_blocks(runs, model, layers=None):
-    """{layer: mixer} from finished runs (directories, comma-separated), in the model's dtype and on
-    its device. Raises UserError for a run that does not fit the model, and for missing layers."""
+    """{layer: mixer} of all layers in finished runs (directories, comma-separated), in the model's
+    dtype and on its device. Raises UserError for a run that does not fit the model, and if one of
+    `layers`, by default all of the model's, is missing."""
     records = {run: read_run(run) for run in runs.split(",")}
     for run, record in records.items():
         if record is None or not record["finished"]:
@@ -451,10 +452,11 @@ def load_blocks(runs, model, layers=None):
         raise UserError(f"the runs {runs} hold different mixers or starts; a hybrid takes one.")
     (attn, init), = kinds
     attention, mixers = attention_modules(model), {}
+    run_of = {layer: run for run, record in records.items() for layer in record["layers"]}
     for layer in range(len(attention)) if layers is None else layers:
-        run = next((run for run, record in records.items() if layer in record["layers"]), None)
-        if run is None:
+        if layer not in run_of:
             raise UserError(f"{runs} has no module for layer {layer}: see distill.py --layers.")
+    for layer, run in sorted(run_of.items()):
         mixer = linear_attn.MIXERS[attn].from_attention(
             attention[layer], model.config, layer, init, seed=None)
         with blame(f"{layer_file(run, layer)} does not hold a {attn} module of this size"):
@@ -1617,7 +1619,8 @@ def hybrids_to_time(args, model):
     layers = sorted(set().union(*sets.values()))
     if args.blocks:
         run = read_run(args.blocks.split(",")[0])
-        return sets, load_blocks(args.blocks, model, layers), run["attn"]
+        mixers = load_blocks(args.blocks, model, layers)
+        return sets, {layer: mixers[layer] for layer in layers}, run["attn"]
     return sets, {layer: linear_attn.MIXERS[args.attn].from_attention(
         attention[layer], model.config, layer, "random").eval() for layer in layers}, args.attn
 

@@ -2040,7 +2040,8 @@ def test_journal_cut_at_any_byte_is_taken_up(lab, runs, searched, tmp_path, scri
 
 
 def test_a_given_set_is_scored_and_saved(lab, runs, tmp_path, script):
-    """Without it, --layers could search, or stop at P_min."""
+    """Without it, --layers could search, or stop at P_min, or refuse the journal of a search."""
+    script(replace_command(lab, runs["jet"], tmp_path, budget=1))
     result, _ = script(replace_command(lab, runs["jet"], tmp_path, layers="0,2-3", p_min=1))
     assert result["opt"]["layers"] == result["best"]["layers"] == result["order"] == [0, 2, 3]
     hybrid, tokenizer = evaluation.load_model(str(tmp_path / "opt"))
