@@ -675,7 +675,7 @@ def finetune(args):
     """All of --finetune, from flags to files -> the run's record."""
     task, metric, docs = search_documents(args, train=True)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    linear, attention = linear_layers(model), attention_modules(model)
+    linear = linear_layers(model)
     if args.train == "linear" and not linear:
         raise UserError(f"--train linear: {args.model} has no linear layers.")
     requests = solved_requests(task, docs["validation"], model, tokenizer, args)
@@ -704,7 +704,9 @@ def finetune(args):
 
     out, record = gather(open_run(args, settings) if rank() == 0 else None)[0]
     if not record["finished"]:
-        module = model if args.train == "all" else torch.nn.ModuleList(attention[i] for i in linear)
+        module = model
+        if args.train == "linear":
+            module = torch.nn.ModuleList(attention_modules(model)[layer] for layer in linear)
         result = tune(model, module, requests, score, args, out)
         if rank() == 0:
             write_directory(out / MODEL, lambda path: (model.save_pretrained(path),
