@@ -73,6 +73,7 @@ def teacher_forward(model, input_ids, layers, visit):
     """Run the teacher without gradients on input_ids [B, T] and call, at each layer l of `layers`,
     visit(l, hidden_states, attention_output) with the input and the output of its attention module,
     both [B, T, C]."""
+    @torch.compiler.disable
     def hook(layer, module, args, kwargs, output):
         visit(layer, args[0] if args else kwargs["hidden_states"], output[0])
         if layer == max(layers):
@@ -95,27 +96,71 @@ def student_precision(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype.itemsize < 4)
 
 
-def train_step(model, mixers, optimizers, batch, lr):
+def update_student(model, mixer, optimizer, hidden_states, target, lr):
+    """One update of one layer on the input and the output of its attention, both [B, T, C] -> the
+    loss, a scalar on its device."""
+    with torch.enable_grad():
+        with student_precision(model):
+            output = mixer(hidden_states)[0]                                        # [B, T, C]
+        loss = F.mse_loss(output.float(), target.float())           # L_l = MSE(O_full, O_linear)
+        loss.backward()
+    loss = loss.detach().clone()    # on a GPU, the loss itself keeps its B * T * C summands in memory
+    if world_size() > 1:            # means over the processes, of all tensors in one exchange
+        means = [*(parameter.grad for parameter in mixer.parameters()), loss]
+        vector_to_parameters(add_up(parameters_to_vector(means)).div_(world_size()), means)
+    clip_grad_norm_(mixer.parameters(), CLIP)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+class CapturedUpdate:
+    """update_student as a CUDA graph for each mixer: an update has 150 kernels, and a fast GPU runs
+    them in less time than the host needs to launch them one by one. The first two updates of a
+    mixer run as usual: they compile kernels and make Adam's moments, which a capture cannot. The
+    graphs run one at a time, so that they share their inputs and their memory."""
+
+    def __init__(self, device):
+        self.graphs, self.inputs, self.calls = {}, None, collections.Counter()
+        self.lr, self.pool = torch.zeros((), device=device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, model, mixer, optimizer, hidden_states, target, lr):
+        self.lr.fill_(lr)
+        self.calls[mixer] += 1
+        if self.calls[mixer] <= 2:
+            return update_student(model, mixer, optimizer, hidden_states, target, self.lr)
+        self.inputs = self.inputs or (hidden_states.clone(), target.clone())
+        for static, tensor in zip(self.inputs, (hidden_states, target)):
+            static.copy_(tensor)
+        if mixer not in self.graphs:
+            graph, optimizer.param_groups[0]["capturable"] = torch.cuda.CUDAGraph(), True
+            with torch.cuda.graph(graph, self.pool):
+                loss = update_student(model, mixer, optimizer, *self.inputs, self.lr)
+            self.graphs[mixer] = graph, loss
+        graph, loss = self.graphs[mixer]
+        graph.replay()
+        return loss
+
+
+def fastest_update(model):
+    """The update for train_step. On a GPU the teacher's layers are compiled, once for all, and on
+    a single one the updates are captured."""
+    if model.device.type != "cuda":
+        return update_student
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=False)
+    return CapturedUpdate(model.device) if world_size() == 1 else update_student
+
+
+def train_step(model, mixers, optimizers, batch, lr, update=update_student):
     """One update of every layer on one batch [B, T] -> {layer: loss, a scalar on its device}. Each
     student learns inside the teacher's forward, so that the activations of only one student are in
     memory. Under torchrun `batch` is this process's part of the batch."""
     losses = {}
 
     def distill_layer(layer, hidden_states, target):
-        mixer, optimizer = mixers[layer], optimizers[layer]
-        with torch.enable_grad():
-            with student_precision(model):
-                output = mixer(hidden_states)[0]                                    # [B, T, C]
-            loss = F.mse_loss(output.float(), target.float())       # L_l = MSE(O_full, O_linear)
-            loss.backward()
-        losses[layer] = loss.detach()
-        if world_size() > 1:        # means over the processes, of all tensors in one exchange
-            means = [*(parameter.grad for parameter in mixer.parameters()), losses[layer]]
-            vector_to_parameters(add_up(parameters_to_vector(means)).div_(world_size()), means)
-        clip_grad_norm_(mixer.parameters(), CLIP)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+        losses[layer] = update(model, mixers[layer], optimizers[layer], hidden_states, target, lr)
 
     teacher_forward(model, batch, list(mixers), distill_layer)
     return losses
@@ -533,9 +578,9 @@ def distill(model, mixers, corpus, args, out, record):
         state = {"step": 0, "seconds": 0.0, "start": start}
         write_log(out, "held-out", 0, errors=start)
         save_checkpoint(out, state, mixers, optimizers)
-    stream = batches(corpus, args, state["step"])
+    stream, update = batches(corpus, args, state["step"]), fastest_update(model)
     train(out, state, mixers, optimizers, args, steps, stream,
-          lambda batch, lr: train_step(model, mixers, optimizers, batch, lr))
+          lambda batch, lr: train_step(model, mixers, optimizers, batch, lr, update))
     optimizers.clear()              # they are on disk, and the solve needs their memory
     if args.init == "inherit":      # Adam's steps are coarse for o_proj: fit it to the new features
         solve_o_proj(model, mixers, stream)
