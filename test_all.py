@@ -5,6 +5,7 @@ Tests on the real 260 K-parameter model and its data need ../shared and skip whe
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
@@ -998,6 +999,38 @@ def test_a_short_distillation_does_not_end_worse_than_it_began(
     assert torch.get_float32_matmul_precision() == "highest"
     start, end = (result["held_out"][when] for when in ("start", "end"))
     assert all(end[layer]["mse"] < start[layer]["mse"] for layer in end)
+
+
+def test_captured_updates_equal_plain_ones(lab, monkeypatch):
+    """On a GPU, an update that a graph replays would train on an old batch, at an old rate, or
+    another layer. Here the graphs are stand-ins, which run again what was captured."""
+    class Graph:
+        def replay(self):
+            self.loss.copy_(self.run())
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        def record(*args):          # a capture runs nothing
+            graph.run, graph.loss = functools.partial(update, *args), torch.zeros(())
+            return graph.loss
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, "update_student", record)
+            yield
+
+    model, _ = load_lab_model(lab)
+    update, weights = distill.update_student, []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for way in (update, distill.CapturedUpdate("cpu")):
+        mixers = distill.make_mixers(model, "gdn", [0, 1], "inherit", 0)
+        optimizers, losses = distill.make_optimizers(mixers), []
+        for step in range(6):
+            found = distill.train_step(model, mixers, optimizers, tokens(2, 16, seed=step),
+                                       2 ** -(8 + step % 2), way)
+            losses.append([loss.item() for loss in found.values()])
+        weights.append((losses, [p for m in mixers.values() for p in m.parameters()]))
+    assert weights[0][0] == weights[1][0] and all(map(torch.equal, weights[0][1], weights[1][1]))
 
 
 def test_schedule_and_clip_are_per_layer(lab):
