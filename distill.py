@@ -73,15 +73,18 @@ def teacher_forward(model, input_ids, layers, visit):
     """Run the teacher without gradients on input_ids [B, T] and call, at each layer l of `layers`,
     visit(l, hidden_states, attention_output) with the input and the output of its attention module,
     both [B, T, C]."""
+    # A hook divides a compiled layer into two graphs, which may change its rounding: all layers get
+    # one, so that they compute the same whichever `layers` are wanted.
     @torch.compiler.disable
     def hook(layer, module, args, kwargs, output):
-        visit(layer, args[0] if args else kwargs["hidden_states"], output[0])
-        if layer == max(layers):
+        if layer in layers:
+            visit(layer, args[0] if args else kwargs["hidden_states"], output[0])
+        if layer == last:
             raise LastAttentionReached
 
-    attention = attention_modules(model)
-    handles = [attention[layer].register_forward_hook(functools.partial(hook, layer),
-                                                      with_kwargs=True) for layer in layers]
+    last = max(layers)
+    handles = [attn.register_forward_hook(functools.partial(hook, layer), with_kwargs=True)
+               for layer, attn in enumerate(attention_modules(model)[: last + 1])]
     try:
         with contextlib.suppress(LastAttentionReached), torch.no_grad():
             model.get_decoder()(input_ids.to(model.device, non_blocking=True), use_cache=False)
@@ -104,7 +107,7 @@ def update_student(model, mixer, optimizer, hidden_states, target, lr):
             output = mixer(hidden_states)[0]                                        # [B, T, C]
         loss = F.mse_loss(output.float(), target.float())           # L_l = MSE(O_full, O_linear)
         loss.backward()
-    loss = loss.detach().clone()    # on a GPU, the loss itself keeps its B * T * C summands in memory
+    loss = loss.detach().clone()    # mse_loss's own storage keeps all B * T * C squared errors
     if world_size() > 1:            # means over the processes, of all tensors in one exchange
         means = [*(parameter.grad for parameter in mixer.parameters()), loss]
         vector_to_parameters(add_up(parameters_to_vector(means)).div_(world_size()), means)
@@ -116,10 +119,10 @@ def update_student(model, mixer, optimizer, hidden_states, target, lr):
 
 
 class CapturedUpdate:
-    """update_student as a CUDA graph for each mixer: an update has 150 kernels, and a fast GPU runs
-    them in less time than the host needs to launch them one by one. The first two updates of a
-    mixer run as usual: they compile kernels and make Adam's moments, which a capture cannot. The
-    graphs run one at a time, so that they share their inputs and their memory."""
+    """update_student, recorded as a CUDA graph for each mixer and then replayed. An update launches
+    150 kernels, and a fast GPU finishes them sooner than the host can launch them one by one. The
+    first two updates of a mixer run as usual, because a capture can neither compile kernels nor
+    make Adam's moments. Only one graph runs at a time, so all share their inputs and memory."""
 
     def __init__(self, device):
         self.graphs, self.inputs, self.calls = {}, None, collections.Counter()
@@ -134,7 +137,8 @@ class CapturedUpdate:
         for static, tensor in zip(self.inputs, (hidden_states, target)):
             static.copy_(tensor)
         if mixer not in self.graphs:
-            graph, optimizer.param_groups[0]["capturable"] = torch.cuda.CUDAGraph(), True
+            graph = torch.cuda.CUDAGraph()
+            optimizer.param_groups[0]["capturable"] = True      # Adam refuses a capture without it
             with torch.cuda.graph(graph, self.pool):
                 loss = update_student(model, mixer, optimizer, *self.inputs, self.lr)
             self.graphs[mixer] = graph, loss
@@ -144,13 +148,14 @@ class CapturedUpdate:
 
 
 def fastest_update(model):
-    """The update for train_step. On a GPU the teacher's layers are compiled, once for all, and on
-    a single one the updates are captured."""
+    """The update for train_step. On a GPU this also compiles the teacher's layers. One process on
+    one GPU captures its updates; others run them as usual."""
     if model.device.type != "cuda":
         return update_student
     for layer in decoder_layers(model):
         layer.compile(dynamic=False)
-    return CapturedUpdate(model.device) if world_size() == 1 else update_student
+    devices = {parameter.device for parameter in model.parameters()}    # several: --device auto
+    return CapturedUpdate(model.device) if world_size() == len(devices) == 1 else update_student
 
 
 def train_step(model, mixers, optimizers, batch, lr, update=update_student):
@@ -200,9 +205,9 @@ def make_optimizers(modules):
 @torch.no_grad()
 def solve_o_proj(model, mixers, batches):
     """Solve every module's o_proj in closed form, because its output is linear in o_proj: a ridge
-    regression of the remaining error, O_full - O_linear, on the module's head outputs. Even and odd
-    batches each propose a change, which is scaled by the share of it that the other half confirms:
-    a change that fits only noise shrinks to nothing, so a solve after training does no harm."""
+    regression of the remaining error, O_full - O_linear, on the module's head outputs. A change is
+    fitted on the even batches, another on the odd ones, and each is scaled, by 0 to 1, to fit the
+    other half best. One that fits only noise shrinks to nothing, so a late solve does no harm."""
     normal = {layer: [0, 0] for layer in mixers}    # [X^T X | X^T R] of even and of odd batches
     tokens_needed = SOLVE_TOKENS * max(mixer.o_proj.in_features for mixer in mixers.values())
 
@@ -582,6 +587,7 @@ def distill(model, mixers, corpus, args, out, record):
     train(out, state, mixers, optimizers, args, steps, stream,
           lambda batch, lr: train_step(model, mixers, optimizers, batch, lr, update))
     optimizers.clear()              # they are on disk, and the solve needs their memory
+    del update                      # and that of captured graphs
     if args.init == "inherit":      # Adam's steps are coarse for o_proj: fit it to the new features
         solve_o_proj(model, mixers, stream)
     end = held_out_error(model, mixers, corpus.held_out, args.batch_size)
@@ -640,17 +646,14 @@ def plan(model, mixers, args):
 # Fine-tuning on a task (Figure 5). Its loss is computed by the function that scores
 
 def solved_requests(task, docs, model, tokenizer, args):
-    """The Request of each document with its right answer, tokenised as it is scored. Where the
-    model writes the answer, it is the text that a shot shows, and then the end of the text."""
+    """The Request of each document with its right answer, tokenised as it is scored. Where the task
+    has no choices, the answer is what a shot would show, followed by the end-of-text token."""
     def answer(doc):
         text = task.target(doc) if task.target else task.gold(doc)
         return (text[0] if isinstance(text, list) else text) + (tokenizer.eos_token or "")
 
-    if not task.choices:
-        solved = dataclasses.replace(task, target=None, choices=lambda doc: [answer(doc)],
-                                     gold=lambda doc: 0)
-    else:
-        solved = task
+    solved = task if task.choices else dataclasses.replace(
+        task, target=None, choices=lambda doc: [answer(doc)], gold=lambda doc: 0)
     prepared = prepare(solved, docs, model, tokenizer, args)
     right = map(solved.right, prepared.docs)
     return [prepared.requests[numbers[choice]]
@@ -658,8 +661,8 @@ def solved_requests(task, docs, model, tokenizer, args):
 
 
 def tuning_step(model, trained, optimizer, requests, lr, half):
-    """One update on `requests` -> {MODEL: mean loss over the tokens of their answers}. Only a few
-    rows are read at a time; under torchrun the processes share them. Gradients add up."""
+    """One update on `requests` -> {MODEL: mean loss over the tokens of their answers}. To save
+    memory, gradients are summed over forwards of a few rows, which torchrun's processes share."""
     loss, total = torch.zeros((), device=model.device), sum(r.scored for r in requests)
     mine = requests[rank()::world_size()]
     rows = [Row(0, len(request.tokens) - 1, [i]) for i, request in enumerate(mine)]
@@ -674,7 +677,7 @@ def tuning_step(model, trained, optimizer, requests, lr, half):
     clip_grad_norm_(trained, CLIP)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)      # for the exchange each process has each gradient
+    optimizer.zero_grad(set_to_none=False)      # zeros, not None: add_up needs all gradients
     return {MODEL: loss}
 
 
@@ -742,8 +745,7 @@ def finetune(args):
     def score():
         if reported is None:        # a file without --test
             return None
-        scores = evaluate_hybrids(model, reported, {}, [()], metric, args.allow_code_execution,
-                                  plain=True)
+        scores = evaluate_hybrids(model, reported, {}, [()], metric, args.allow_code_execution)
         return scores and {"score": scores[0].mean(), "stderr": scores[0].stderr(),
                            "n": scores[0].n}
 
@@ -774,7 +776,7 @@ def parse_args():
     add("--tokens", type=positive(int), default=100_000_000, help="paper: 100 M")
     add("--seq-len", type=positive(int), default=512, help="tokens per chunk")
     add("--lr", type=positive(float), help="peak learning rate (default: 1e-3, for --finetune "
-        "2e-5; in models narrower than 1,536 times (1536 / width)^0.75)")
+        "2e-5; multiplied by (1536 / width)^0.75 if the width is below 1,536)")
     add("--out", help="the run directory")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--dry-run", nargs="?", type=positive(float), const=0, metavar="TFLOPS",

@@ -261,9 +261,9 @@ class Scores:
         return [row["score"] for row in self.rows("validation", layer_sets)]
 
     def record(self, step):
-        """The step as result.json has it, with the standard errors of its score and of the
-        difference to the runner-up, paired by item. `flipped` items are right in one of these two
-        models only."""
+        """The step for result.json, with the standard errors of its score and of its lead over the
+        runner-up. The lead is paired by item; `flipped` counts the items on which the two models
+        differ."""
         row, = self.rows("validation", [step.layers])
         found = {"layers": sorted(step.layers), "score": step.score, "layer": step.layer,
                  "runner_up": None, "runner_up_score": None, "ties": 0, "stderr": row["stderr"],
@@ -309,9 +309,9 @@ class Scores:
 # The hybrid as a checkpoint with its model card
 
 def save_model(scores, layers, tokenizer, path, dtype, result):
-    """Save the hybrid with `layers` linear; a kill leaves the old directory or the new one. Numbers
-    are stored in `dtype`, but for those that transformers keeps in fp32; that loses nothing, since
-    a wider model was loaded from `dtype`."""
+    """Save the hybrid with `layers` linear; a kill leaves the old directory or the new one. Weights
+    are stored in `dtype`, except those that transformers keeps in fp32. Nothing is lost: where the
+    model is wider than `dtype`, its weights were read from a checkpoint in `dtype`."""
     model = scores.model
 
     def write(folder):
@@ -373,6 +373,8 @@ PAPER_TOKENS, PAPER_ITEMS = 100_000_000, 500
 def time_distillation(model, mixers, batch):
     """Hours for the paper's tokens at the speed of train_step on batch [B, T]."""
     optimizers, update = make_optimizers(mixers), fastest_update(model)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for step in range(-3, 20):                              # the first three are a warm-up
         if step == 0:
             began = evaluation.clock(model.device)
@@ -641,8 +643,8 @@ def figures(found, paper):
 
 
 def draw(path, number, title, lines, xlabel, ylabel):
-    """One figure for README's width. Several runs are their mean, in a band from the lowest to the
-    highest, where all of them have a point."""
+    """One figure for README's width. A line is the mean over its runs, and a band shows the lowest
+    and the highest run, at the x that all runs have."""
     from matplotlib import figure, ticker
     page = figure.Figure(figsize=(8.5, 5), layout="constrained")
     axes = page.subplots()
@@ -716,7 +718,7 @@ def parse_args():
     add("--search-size", type=positive, default=500,
         help="documents of a named task to search on, at most (paper: 500)")
     add("--paper-splits", action="store_true",
-        help="search on the reported documents where a task has no other split (it leaks)")
+        help="search on what is reported, if that is validation or the only split (it leaks)")
     add("--max-drop", type=float, default=0.05, help="P_min as a relative drop (paper: 0.05)")
     add("--p-min", type=float, help="P_min itself, in place of --max-drop")
     add("--all", action="store_true", help="continue below P_min until every layer is replaced")
@@ -728,7 +730,7 @@ def parse_args():
     add("--plain", action="store_true",
         help="run shared lower layers for every candidate: slower, the same scores")
     add("--layers", help="no search: score and save just this set, e.g. 4,8,12")
-    add("--benchmark", action="store_true", help="no search: time both phases on a random model "
+    add("--benchmark", action="store_true", help="no result: time both phases on a random model "
         "of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N searches on N of 500 items")
     add("--report", metavar="DIR", type=Path,
         help="no search: the paper's tables and figures beside ours, from the results below DIR")
@@ -803,8 +805,8 @@ def run_search(args):
         "steps": steps}
     if impact:
         path = out / "result-greedy.json"
-        order = evaluation.read_json(path)["order"] if path.exists() else []
-        ranks = [impact[layer]["impact"] for layer in order if len(order) == num_layers]
+        first = evaluation.read_json(path)["order"] if path.exists() else []
+        ranks = [impact[layer]["impact"] for layer in first if len(first) == num_layers]
         result |= {"impact": impact, "spearman": spearman(ranks, range(len(ranks)))}
         log(f"Spearman's correlation of impact score and greedy order: {result['spearman']} (it "
             "needs a search with --order greedy --all and the same --out)")
@@ -830,9 +832,9 @@ def run_search(args):
 
 
 def plan(args):
-    """--dry-run: the most that a search may run, with gdn where --blocks holds no run yet. Greedy
-    search shares least if the last layers go first. Memory: for each token of a batch and channel 3
-    numbers per layer, for outputs and caches, and 25 for the layer that runs (fitted on a CPU)."""
+    """--dry-run: an upper bound of what a search runs (gdn if --blocks holds no run yet): the last
+    layers go first, since greedy search then shares least. Memory: per token of a batch and channel
+    3 numbers for each layer (outputs, caches), and 25 for the one that runs (fitted on a CPU)."""
     if args.model is None or args.task is None:
         raise UserError("--dry-run needs a --model and a --task.")
     task, _, documents = search_documents(args)
