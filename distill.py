@@ -465,7 +465,7 @@ def open_run(args, settings):
 # ------------------------------------------------------------------------------------------------
 # The demo: a tiny Llama that copies (needs its context) and follows a chain (does not)
 
-DEMO_VOCAB, DEMO_LENGTH, DEMO_PERIODS, DEMO_STEPS = 64, 48, (12, 20), 700
+DEMO_VOCAB, DEMO_LENGTH, DEMO_PERIODS, DEMO_STEPS = 64, 48, (12, 20), 500
 DEMO_CHAIN = random.Random(0).sample(range(DEMO_VOCAB), DEMO_VOCAB)     # a cycle through all tokens
 
 
@@ -501,7 +501,7 @@ def demo_items(task, n, rng, answer=4):
 
 
 def make_demo():
-    """Write the teacher (trained once, about 70 s), its corpus and the tasks' items -> its path."""
+    """Write the teacher (trained once, about 45 s), its corpus and the tasks' items -> its path."""
     if not (DEMO / "teacher" / "config.json").exists():
         log("demo: training a tiny Llama to copy and to follow a chain (once)")
         parts = train_demo_teacher(), demo_tokenizer()

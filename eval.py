@@ -98,8 +98,10 @@ _locks, _written = [], []       # the open files that lock a directory; the path
 
 
 def run_script(main):
-    """Run main(). One sentence and exit code 2 end bad input: a UserError at any time, a library's
-    error as long as no file is written. One sentence and exit code 1 end a later failure."""
+    """Run main(). Bad input (a UserError, or a library's error before any file is written) ends it
+    with one sentence and exit code 2. Running out of memory, losing a process or the network, a
+    number that is not finite, or a later error of a file ends it with one sentence and exit code 1.
+    Any other error is a bug and shows its traceback."""
     def end(code, message):
         print(" ".join(f"{Path(sys.argv[0]).name}: {message}".split()), file=sys.stderr)
         sys.exit(code)
@@ -225,12 +227,15 @@ def versions():
 
 
 def write_directory(path, write):
-    """Like write_atomic, for a directory."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Like write_atomic, for a directory, but a kill between the two renames leaves none."""
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+    for folder in (temporary, old):
+        shutil.rmtree(folder, ignore_errors=True)
     write(temporary)
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
     os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def claim_dir(path, foreign=()):
@@ -341,7 +346,7 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, base_o
                            dtype=getattr(torch, dtype))
         if info["missing_keys"]:
             raise ValueError(f"its checkpoint has no {min(info['missing_keys'])}")
-        if weights and not (device_map or quantised):   # their parts are where they must be
+        if weights and not (device_map or quantised):   # loading has placed those
             model = model.to(device)
         model = model.eval().requires_grad_(False)
         if model.config.is_encoder_decoder or weights and not is_causal(model):
@@ -409,8 +414,8 @@ def max_length(model):
 
 
 def reach(model):
-    """The most positions of a forward with padding or a cache: the size of the table of positions,
-    or the length up to which RoPE's factors stay the same (longrope)."""
+    """How many positions a forward with padding or a cache may have: the size of the table of
+    positions, or the length up to which RoPE's factors stay the same (longrope)."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
@@ -471,12 +476,12 @@ def load_blocks(runs, model, layers=None):
 # What a run costs, by formula
 
 def forward_flops(module, config, tokens, squares):
-    """FLOPs of a forward through a decoder layer, an attention module or a mixer. A token takes 2
-    for each weight of the matrices (of experts [E, out, in], the chosen ones); 4 heads D for each
-    token that softmax attention shows it; and for each number of linear attention's states 5 (GLA:
-    1 to decay, 2 to write, 2 to read) or 7 (2 for S^T k). The tokens from `start` to `end` of a
-    text see (end^2 - start^2) / 2 tokens, and `squares` is the sum of end^2 - start^2. Norms,
-    activations and the limits of sliding windows are not counted."""
+    """FLOPs of a forward through a decoder layer, an attention module or a mixer. For each token:
+    2 per weight of a matrix (of experts [E, out, in], only the chosen ones); in softmax attention
+    4 heads D per token it attends to; in linear attention per number of the states 5 (GLA: 1 to
+    decay, 2 to write, 2 to read) or 7 (delta rule: 2 more for S^T k). The tokens from `start` to
+    `end` of a text attend to (end^2 - start^2) / 2, and `squares` is the sum of end^2 - start^2.
+    Norms, activations and the limits of sliding windows are not counted."""
     config = config.get_text_config(decoder=True)
     chosen = getattr(config, "num_experts_per_tok", None)
     flops = 2 * tokens * sum(p.numel() if p.dim() < 3 else p[0].numel() * (chosen or len(p))
@@ -568,7 +573,7 @@ class Task:
         return self.prompt(doc) + self.delimiter + answer + "\n\n"
 
     def right(self, doc):
-        """Index of the right choice."""
+        """Index of the right choice, or NEVER."""
         gold, choices = self.gold(doc), self.choices(doc)
         return choices.index(gold) if gold in choices else gold
 
@@ -590,7 +595,7 @@ class Task:
         return {self.metrics[0]: float(run_program(program).passed)}
 
     def check_leave(self, allow_code):
-        """Raise UserError if the model's programs would run without leave."""
+        """Raise UserError if programs that the model wrote would run without the user's leave."""
         if self.program and not allow_code:
             raise UserError(f"{self.name} runs programs that the model wrote, behind a fence that "
                             "is not a jail; allow it with --allow-code-execution.")
@@ -770,7 +775,8 @@ TASKS = TaskTable((task.name, task) for task in (
       for level, short in (("Challenge", "ArcC"), ("Easy", "ArcE"))),
     Task("boolq", ("passage", "question", "label"), hub=("aps/super_glue", "boolq"), splits=HIDDEN,
          prompt="{passage}\nQuestion: {question}?\nAnswer:".format_map, short="BQ BoolQ",
-         choices=lambda doc: ["no", "yes"],         # SuperGLUE's own files have true and false
+         choices=lambda doc: ["no", "yes"],
+         # SuperGLUE's own files have true and false
          gold=lambda doc: int(doc["label"]) if doc["label"] in (False, True) else doc["label"]),
     Task("commonsense_qa", ("question", "choices", "answerKey"), hub=("tau/commonsense_qa", None),
          prompt=lambda doc: "Question: " + lettered(doc, doc["choices"]["text"], "ABCDE"),
@@ -1031,8 +1037,9 @@ def encode(tokenizer, text, bos=None):
 
 def encode_pair(tokenizer, context, continuation, bos=None):
     """Tokens of a context and its continuation, and the number of the continuation's. As the
-    harness does, this encodes the context alone, without trailing white space, and drops as many
-    tokens from both encoded together, even where one spans the border. An empty context is BOS."""
+    harness does, this encodes the context without trailing white space (n tokens), then both
+    together; what follows the first n tokens is scored, even where a token spans the border. An
+    empty context is BOS."""
     if context:
         start = encode(tokenizer, context.rstrip(), bos)
         rest = encode(tokenizer, context + continuation, bos)[len(start):]
@@ -1117,8 +1124,8 @@ def even_batches(rows, size):
 
 def cut(model, rows, size):
     """Cut Rows into forwards of at most `size` rows, each padded to its longest row. A forward ends
-    where its padding would cost more than another forward does: a CPU takes as long for some 100
-    positions (measured on models of 0.3 M to 9 M parameters), a GPU for some thousands."""
+    where more padding would take longer than another forward, which costs a CPU as much as some 100
+    positions (measured on models of 0.3 M to 9 M parameters), a GPU as much as some thousands."""
     worth = 128 if model.device.type == "cpu" else 8192
     forwards, longest, padding = [], math.inf, 0
     for row in sorted(rows, key=lambda row: -row.length):
@@ -1142,8 +1149,8 @@ def pad(rows, left=False):
 
 
 def read(model, requests, rows, cache=None, past=0):
-    """One forward of Rows -> for each scored token that follows one of their tokens, its request
-    [N] and its log-probability [N] in fp32, left on the device, since to fetch it is to wait.
+    """Run one forward of Rows. For each scored token whose predecessor is read, return its request
+    and its fp32 log-probability, [N] each. These stay on the device: fetching them means waiting.
     Rows that start at token 0 fill `cache`, if there is one, padded on the left, so that tails
     follow directly. Later ones continue its sequences, one each, of `past` positions. Without a
     cache, and in tails, rows are padded on the right, where no mask is needed."""
@@ -1213,8 +1220,8 @@ def answer_choices(model, prepared, batch):
 
 
 def stop_on_text(tokenizer, stops, prompt_length):
-    """A criterion for generate() that ends row b when its new text contains a string of stops[b]:
-    as many last tokens are decoded as the longest has bytes, and a few for special tokens."""
+    """A criterion for generate() that ends row b when its new text contains a string of stops[b].
+    It decodes only the last tokens: as many as the longest string has bytes, and 8 special ones."""
     stops = [list(filter(None, row)) for row in stops]
     last = 8 + max((len(stop.encode()) for row in stops for stop in row), default=0)
 
@@ -1489,8 +1496,8 @@ def shared_layers(layers, tapes, record, generates):
 #
 # As in Jet-Nemotron: a chunked prefill of random tokens, then decoding of one row and of as many
 # copies of it as fit, since the tokens do not change the speed. Every step decodes the token right
-# after the context, so that a CUDA graph can replay it. Peak memory always includes both modules
-# of each layer.
+# after the context, so that a CUDA graph can replay it. Peak memory includes the modules that
+# are swapped out.
 
 CHUNK = 2048                    # tokens of one forward of the prefill
 STEPS, REPEATS = 4, 5           # steps timed together; timings, of which the median counts
@@ -1650,7 +1657,7 @@ def throughput(args):
         raise UserError("--throughput takes a --model, and no --task.")
     path = claim_dir(args.out or "out/throughput") / "throughput.json"
     model, _ = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    if bool(args.blocks or args.attn) == bool(linear_layers(model)):
+    if sum(map(bool, (args.blocks, args.attn, linear_layers(model)))) != 1:
         raise UserError("--throughput takes --blocks or --attn, or a saved hybrid as its --model.")
     device, vocabulary = model.device, model.get_input_embeddings()
     on_gpu = device.type == "cuda"
@@ -1659,7 +1666,8 @@ def throughput(args):
     tables = {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {vocabulary}
     limit = tables and max_length(model) or math.inf
     if not 0 < min(contexts) <= max(contexts) < limit:
-        raise UserError(f"--contexts must lie above 0 and below the model's {limit} positions.")
+        raise UserError(f"--contexts must lie above 0, and below {limit} (the model's positions, "
+                        "where they are a table).")
     with blame(f"--blocks, --layers-from and --counts do not go with {args.model}"):
         sets, mixers, kind = hybrids_to_time(args, model)
     decoding = way_to_decode(model, mixers)
@@ -1701,7 +1709,7 @@ def add_task_flags(parser):
     add = parser.add_argument
     add("--metric", help="use this metric of the task, not its usual one")
     add("--batch-size", type=positive(int), default=16,
-        help="sequences at a time, or in a step of training")
+        help="sequences in a forward; in training, sequences in a step")
     add("--limit", type=positive(int), help="use only the first N documents")
     add("--docs", help="local file of a named task's documents to score, search or train on "
         "(.jsonl, .jsonl.gz, .parquet)")
@@ -1709,8 +1717,9 @@ def add_task_flags(parser):
     add("--shots", type=int, help="examples before each document (default: as the paper's)")
     add("--max-gen-toks", type=positive(int), help="tokens to write (default: the task's number)")
     add("--bos", action=argparse.BooleanOptionalAction, help="force a BOS token on or off")
-    add("--whole", action="store_true", help="run every context + choice whole, like the harness")
-    add("--seed", type=int, default=0, help="of every random draw")
+    add("--whole", action="store_true",
+        help="read the context again for each choice, as the harness does")
+    add("--seed", type=int, default=0, help="seed of all random draws")
     add("--allow-code-execution", action="store_true", help="run programs that the model writes, "
         "behind a fence of limits, which is not a jail")
 
@@ -1813,7 +1822,7 @@ def parse_args():
                         help="print the first N requests as the model sees them")
     parser.add_argument("--out", help="directory for the per-item results, one .jsonl per task")
     add = parser.add_argument_group("decoding speed").add_argument
-    add("--throughput", action="store_true", help="time decoding against linear layers")
+    add("--throughput", action="store_true", help="measure it at several numbers of linear layers")
     add("--blocks", help="a run of distill.py, whose modules are timed")
     add("--attn", choices=list(linear_attn.MIXERS), help="random modules, without --blocks")
     add("--layers-from", help="a result.json of replace.py, for the order of the layers")

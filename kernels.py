@@ -77,12 +77,10 @@ def _to_chunks(x, tokens, C, dtype):
     return x.to(dtype).contiguous().flatten(1, 2)
 
 
-def _from_chunks(x, out, tokens):
-    """The inverse of _to_chunks: writes x [n,B*H,C,D] to the given tokens of out [B,T,H,D]."""
-    out = out[:, tokens]
-    B, T, H, D = out.shape
-    x = x.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4)                       # [B,n,C,H,D]
-    out.copy_(x.reshape(B, -1, H, D)[:, :T])
+def _from_chunks(x, B, T):
+    """The inverse of _to_chunks: the first T tokens of x [n,B*H,C,D], as [B,T,H,D]."""
+    x = x.unflatten(1, (B, -1)).permute(1, 0, 3, 2, 4)                      # [B,n,C,H,D]
+    return x.flatten(1, 2)[:, :T]
 
 
 def _groups(T, C, size):
@@ -135,7 +133,7 @@ class _DeltaRule(torch.autograd.Function):
         q, k, v = (_to_chunks(x, tokens, C, dtype) for x in (q, k, v))      # [n,B*H,C,K or V]
         beta = _to_chunks(beta.unsqueeze(-1), tokens, C, dtype)             # [n,B*H,C,1]
         # G in fp64: its differences stay exact to fp32 even behind a long stretch of strong decay.
-        # exp of the floor is 0, and unlike -inf the floor can be subtracted from itself.
+        # g is clamped at a floor whose exp is 0, because -inf - -inf would be NaN.
         floor = -800.0 if dtype == torch.float64 else -128.0
         G = _to_chunks(g.unsqueeze(-1), tokens, C, torch.float64)
         G = G.clamp(min=floor).cumsum(-2)                                   # [n,B*H,C,1]
@@ -167,7 +165,7 @@ class _DeltaRule(torch.autograd.Function):
                 torch.bmm(inverse[i], R[i].baddbmm_(k_in[i], S[N + i], alpha=-1), out=U[i])
                 torch.mul(S[N + i], from_start[i, :, -1:], out=S[N + i + 1])
                 S[N + i + 1].baddbmm_(k_out[i].mT, U[i])
-            _from_chunks((q_in @ S[N:N + n]).add_(P @ U), o, tokens)
+            o[:, tokens] = _from_chunks((q_in @ S[N:N + n]).add_(P @ U), B, o[:, tokens].shape[1])
             N += n
             saved += [inverse, U]
         ctx.save_for_backward(q, k, v, g, beta, S, *saved)
@@ -216,7 +214,8 @@ class _DeltaRule(torch.autograd.Function):
             dk = (dP.mT @ qc).add_((dA + dA.mT) @ kc).addcmul_(dk_out, to_end)
             dk.addcmul_(dk_in, b * from_start)
             for x, out in zip((dq, dk, dR.mul_(b), dg.unsqueeze(-1), dbeta.unsqueeze(-1)), grads):
-                _from_chunks(x, out if out.dim() == 4 else out.unsqueeze(-1), tokens)
+                out = out.view(B, T, H, -1)[:, tokens]
+                out.copy_(_from_chunks(x, B, out.shape[1]))
         return *grads, dS1.view(dstate.shape)
 
 
@@ -274,8 +273,7 @@ def _gla_chunks(q, k, v, g, state):
     for decay_n, update_n in zip(decay.unbind(), update.unbind()):
         S.append(torch.addcmul(update_n, decay_n, S[-1]))                   # [B*H,K,V]
     o = pairs.tril() @ v + (q * G.exp()) @ torch.stack(S[:-1])              # [N,B*H,C,V]
-    o = o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).reshape(B, -1, H, V)  # [B,N*C,H,V]
-    return o[:, :T], S[-1].view(B, H, K, V)
+    return _from_chunks(o, B, T), S[-1].view(B, H, K, V)
 
 
 @torch.compiler.disable
@@ -287,9 +285,7 @@ def gated_linear_attention(q, k, v, g, initial_state=None, backend="auto"):
 
     q, k, g [B,T,H,K], v [B,T,H,V], initial_state [B,H,K,V] or None for zeros. g >= -5 per token,
     as the kernels need: below it they clamp, because looking would make the host wait for the GPU;
-    on a CPU a smaller g is a ValueError.
-    Returns o [B,T,H,V] in v's dtype and the final state [B,H,K,V]; gradients flow through both and
-    to every input. ValueError if a shape does not fit.
+    on a CPU a smaller g is a ValueError. Results and gradients as of gated_delta_rule.
     Equivalent to: gated_linear_attention_recurrent(q, k, v, g, initial_state)
     """
     _check(q, k, v, g, None, initial_state)
@@ -332,12 +328,10 @@ def causal_conv(x, kernel, cache=None, activation=None, backend="auto"):
         cache = None if cache is None else cache.to(x.dtype).contiguous()
         y = _Kernels.apply(_conv_kernels, x.contiguous(), kernel.contiguous(), cache, activation)
         if T < W - 1:                                                       # some of the old tail
-            before = x.new_zeros(B, W - 1, D) if cache is None else cache
-            x = torch.cat([before, x], 1)
+            x = F.pad(x, (0, 0, W - 1, 0)) if cache is None else torch.cat([cache, x], 1)
         return y, x[:, x.shape[1] - (W - 1):]
-    if cache is None:
-        cache = x.new_zeros(B, W - 1, D)
-    x = torch.cat([cache.to(x.dtype), x], 1)                                # [B,W-1+T,D]
+    cache = x.new_zeros(B, W - 1, D) if cache is None else cache.to(x.dtype)
+    x = torch.cat([cache, x], 1)                                            # [B,W-1+T,D]
     taps = kernel.to(_compute_dtype(x)).unbind(-2)                          # W times [D] or [B,T,D]
     wide = x.to(taps[0].dtype)
     z = sum(tap * wide[:, w:w + T] for w, tap in enumerate(taps))           # [B,T,D]
@@ -378,10 +372,10 @@ def gated_rms_norm(x, weight=None, gate=None, eps=1e-5, scale=1.0, backend="auto
 #
 # Letters besides the glossary: t, s row and column of a C x C matrix; bh = b * H + h; KP is K
 # padded to a power of two, at least 16 for tl.dot; BK and BV are tiles of K and V. Padded rows and
-# columns are loaded as zeros. Products take operands in the inputs' dtype and add up in fp32. 16
-# bits are too few for the inverse and for GLA's decayed q and k: fp32, multiplied as tf32.
-# GLA's gradients of bf16 inputs have bf16 operands; fp16 could not hold decays up to exp(40).
-# Places in B * T are int64, since they can exceed 2^31.
+# columns are loaded as zeros. Products take operands in the inputs' dtype and add up in fp32, but
+# those that make the inverse, and GLA's P, take fp32 operands (multiplied as tf32): 16 bits are too
+# few. GLA's gradients take bf16 operands for bf16 inputs, else fp32: fp16 could not hold exp(40).
+# Offsets are int64, since they can exceed 2^31.
 
 _jit = (lambda function: function) if triton is None else triton.jit
 C = 64 if triton is None else tl.constexpr(64)      # rows of one wgmma of a Hopper warp group
@@ -540,9 +534,10 @@ def _scaled(x, factor):
 
 @_jit
 def _join(total):
-    """Joins neighbours two by two. Takes log2 of the decay over each, [n,BK]. Returns the decays
-    that later queries and earlier keys gain, for each block of 16 rows, both [C/16,BK], and log2
-    of the decay over each pair, [n/2,BK]."""
+    """Joins neighbouring blocks two by two. `total` [n,BK] is log2 of each block's decay. Returns,
+    for each block of 16 rows, what queries of a later block gain, the decay of the earlier one, and
+    keys of an earlier block, that of the later one, both [C/16,BK]; and log2 of each pair's decay,
+    [n/2,BK]."""
     pairs: tl.constexpr = total.shape[0] // 2
     BK: tl.constexpr = total.shape[1]
     pair = tl.reshape(total, [pairs, 2, BK])
@@ -592,8 +587,8 @@ def _gla_chunk(q, k, g, P, q_in, k_out, decays, T, H, K: tl.constexpr, BK: tl.co
 def _scan(q, k, v, decays, beta, P, inverse, start, o, U, S, end, T, H, K: tl.constexpr,
           V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr):
     """The state and its outputs; for the backward pass also S at the chunks' starts, and U. For GLA
-    q and k are q_in and k_out of _gla_chunk, and U is V. A program owns BV columns of the state and
-    all its K rows: columns do not depend on each other."""
+    q and k are q_in and k_out of _gla_chunk, and V stands for U. A program owns BV
+    columns of the state and all its K rows: columns do not depend on each other."""
     bh, cols = _columns(V, BV)
     rows, keys, num_chunks = tl.arange(0, C), tl.arange(0, KP), tl.cdiv(T, C)
     state = tl.zeros([KP, BV], tl.float32) if start is None else _load(
@@ -1112,8 +1107,8 @@ def _chunk_kernels(q, k, v, g, beta, state):
 
 
 def _conv_kernels(x, kernel, cache, activation):
-    """The launches of causal_conv, all contiguous. Tiles are 32 tokens of 128 bytes. Backwards the
-    registers hold one program per processor, so it has 16 warps to hide memory's latency."""
+    """The launches of causal_conv, all contiguous. Tiles are 32 tokens of 128 bytes. Backwards only
+    one program fits a multiprocessor's registers, so it has 16 warps to hide memory's latency."""
     (B, T, D), W, per_token, y = x.shape, kernel.shape[-2], kernel.dim() == 4, torch.empty_like(x)
     constants = dict(W=W, PER_TOKEN=per_token, SILU=activation is not None, BT=32,
                      BD=128 // x.element_size())
@@ -1287,7 +1282,7 @@ def compare(ours, exact, inputs):
 
 
 def check_cases(on_gpu):
-    """(op, dtype, shape, kind) of all cases: the smaller head dims last."""
+    """(op, dtype, shape, kind) of all cases; of each op and dtype the narrowest heads come last."""
     shapes = [(1, 65, 1, 24, 40), (1, 17, 3, 16, 16)]
     if on_gpu:
         shapes = [(2, 130, 3, 64, 64), (2, 515, 4, 96, 256), (1, 1000, 2, 128, 128),
@@ -1392,8 +1387,8 @@ def _calls(op, direction, B, T, H, K, V):
 
 
 def _time(name, call, timer):
-    """[median, p20, p80] in ms; NaN if memory runs out, or if another's code fails, which must not
-    end a long run."""
+    """[median, p20, p80] in ms; infinite if memory runs out, or if another's code fails, which must
+    not end a long run."""
     try:
         return timer(call, quantiles=(0.5, 0.2, 0.8))
     except Exception as error:
@@ -1401,7 +1396,7 @@ def _time(name, call, timer):
             raise
         print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         torch.cuda.empty_cache()
-        return [float("nan")] * 3
+        return [float("inf")] * 3
 
 
 def bench(cases, limits):
@@ -1420,7 +1415,7 @@ def bench(cases, limits):
         for name, (ms, p20, p80) in times.items():
             row = dict(op=op, direction=direction, provider=name, **dict(zip("BTHKV", shape)),
                        ms=ms, p20=p20, p80=p80)
-            if ms == ms and not step:                                       # not NaN
+            if ms < float("inf") and not step:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 calls[name]()
@@ -1494,7 +1489,8 @@ def main():
               "peak MB; of ours also: share of copy, share of matmul, time over fla's")
         rows = bench(bench_cases(), result["limits"])
         result["of_fla"] = {f"{row['op']} {row['direction']} {[row[x] for x in 'BTHKV']}":
-                            row["of_fla"] for row in rows if row.get("of_fla")}
+                            row["of_fla"] for row in rows
+                            if 0 < (row.get("of_fla") or 0) < float("inf")}
         if args.csv:
             with open(args.csv, "w", newline="") as file:
                 writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))

@@ -17,8 +17,8 @@ uses positions. A mixer is made from sizes, or from the attention module that it
     AutoModelForCausalLM.from_pretrained("hybrid", trust_remote_code=True)
 
 Letters: B batch, T time (tokens), H heads, D head_dim, W convolution width, C hidden_size.
-To copy: this file and kernels.py, side by side; or, of this file, a mixer's class, LinearAttention
-and the lines above it in "The mixers", which from sizes use nothing of transformers.
+To copy: this file and kernels.py, side by side. If you make mixers from sizes only, the section
+"The mixers" and the import of kernels.py are enough; they then use nothing of transformers.
 """
 
 import contextlib
@@ -447,8 +447,8 @@ def read_mask(attention_mask, T, packs):
 
 class Rows:
     """The tokens [B, T] of a call laid out for a mixer, where some are padding or a row holds
-    several documents: in each of B rows of R >= T places stand the real tokens in order, then the
-    padded ones. Before another document stands a gap of GAP places, in which all is forgotten.
+    several documents: each row gets R >= T places, first its real tokens in order, then its
+    padding. Between two documents lie GAP empty places, whose strong decay erases the state.
 
         place   [B, T, 1, 1]    the place of each token
         order   [B, R, 1]       its inverse: the token at each place
@@ -538,8 +538,9 @@ def cache_layer(cache, layer_idx):
 
 def read_call(mixer, hidden_states, attention_mask=None, position_ids=None, **kwargs):
     """The arguments of an attention module as a mixer needs them: (Rows or None, LinearCacheLayer
-    or None). Packed documents show in the mask; flash attention gets none, and reads them, in a
-    batch of one, from the positions. ValueError for a mask or a cache that cannot be used."""
+    or None). Packed documents are found in the mask. Flash attention gets none, so there they are
+    found in position_ids, for a batch of one. ValueError for a mask or cache that cannot be used.
+    """
     caches = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
     unknown = [name for name, value in kwargs.items() if isinstance(value, Cache)]
     if unknown:
@@ -579,6 +580,7 @@ class HybridMixin:
         n, attention = len(config.linear_layers), attention_modules(self)
         kinds, inits = ([value] * n if isinstance(value, str) else value    # one for all, or a list
                         for value in (config.linear_attn, config.linear_init))
+        config.linear_attn, config.linear_init = kinds, inits
         for i, kind, init in zip(config.linear_layers, kinds, inits, strict=True):
             swap(self, i, MIXERS[kind].from_attention(attention[i], config, i, init, seed=None))
         self.post_init()
@@ -599,8 +601,8 @@ class HybridMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Under the model's own parameter names: transformers renames by model type, and a hybrid's
-        type is another."""
+        """Save under the names that the parameters have in the model. transformers would rename
+        them by model type, but it does not know a hybrid's type."""
         super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
 
     def init_continuous_batching(self, *args, **kwargs):    # else generate_batch only logs an error
