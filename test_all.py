@@ -455,7 +455,7 @@ def test_kernels_compile_without_spills(arch, memory, matrix, monkeypatch, tmp_p
         kernels._use_sound_ptxas()
     tensor = functools.partial(torch.empty, dtype=fp32, device="meta", requires_grad=True)
     sizes = [(16, 16), (64, 64), (256, 256)]
-    sizes += [(16, 256), (32, 32), (64, 16), (128, 64), (256, 16), (96, 256)] * (arch == 90)
+    sizes += [(16, 256), (128, 64), (256, 16), (96, 256)] * (arch == 90)
     for dtype, T, H, K, V in (*((bf16, 4096, 16, *size) for size in sizes),
                               (bf16, 4096, 512, 128, 128), (fp16, 4096, 16, 128, 128),
                               (bf16, 4001, 3, 100, 200)):
