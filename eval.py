@@ -1221,7 +1221,7 @@ def answer_choices(model, prepared, batch):
 
 def stop_on_text(tokenizer, stops, prompt_length):
     """A criterion for generate() that ends row b when its new text contains a string of stops[b].
-    It decodes only the last tokens: as many as the longest string has bytes, and 8 special ones."""
+    It decodes only the last tokens: as many as the longest has bytes, and 8 for special tokens."""
     stops = [list(filter(None, row)) for row in stops]
     last = 8 + max((len(stop.encode()) for row in stops for stop in row), default=0)
 

@@ -309,9 +309,9 @@ class Scores:
 # The hybrid as a checkpoint with its model card
 
 def save_model(scores, layers, tokenizer, path, dtype, result):
-    """Save the hybrid with `layers` linear; a kill never leaves a part of one. Weights
-    are stored in `dtype`, except those that transformers keeps in fp32. Nothing is lost: where the
-    model is wider than `dtype`, its weights were read from a checkpoint in `dtype`."""
+    """Save the hybrid with `layers` linear; a kill never leaves a part of one. Weights are kept in
+    `dtype`, except those that transformers keeps in fp32. Nothing is lost: where the model is wider
+    than `dtype`, its weights were read from a checkpoint in `dtype`."""
     model = scores.model
 
     def write(folder):
