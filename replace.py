@@ -730,7 +730,7 @@ def parse_args():
     add("--plain", action="store_true",
         help="run shared lower layers for every candidate: slower, the same scores")
     add("--layers", help="no search: score and save just this set, e.g. 4,8,12")
-    add("--benchmark", action="store_true", help="no result: time both phases on a random model "
+    add("--benchmark", action="store_true", help="save nothing: time both phases on a random model "
         "of Qwen2.5-1.5B's shape (a tiny one on a CPU); --limit N searches on N of 500 items")
     add("--report", metavar="DIR", type=Path,
         help="no search: the paper's tables and figures beside ours, from the results below DIR")
